@@ -1,0 +1,3607 @@
+#!/usr/bin/env python3
+"""Make Python functions available over HTTP as synchronous or asynchronous jobs.
+
+One file, standard library only, Python 3.8 and newer. Write ``my_jobs.py``::
+
+    import csp.job as job
+
+    @job.asynchronous
+    def shout(task_id, input):
+        return input["data"].upper()
+
+run ``python csp.py --jobs my_jobs`` and submit::
+
+    curl -H 'Content-Type: application/json' \\
+         -d '{"job_type": "shout", "api_key": "any", "data": "hi"}' http://127.0.0.1:8000/job
+
+An answer to a submission means that the job is on disk. It will run, its result is kept, and its callback is
+delivered or tried for a day, whatever happens to this process in between.
+
+The file reads from top to bottom; each part uses only what stands above it:
+
+    Errors, JSON and time, Settings, Jobs, Store, Callbacks, Runner,
+    Requests and responses, Auth, Service, Transports, Predecessor's names, Command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextvars
+import email.utils
+import functools
+import getpass
+import hashlib
+import hmac
+import http.client
+import importlib
+import importlib.util
+import ipaddress
+import itertools
+import json
+import logging
+import logging.handlers
+import os
+import queue
+import random
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import sqlite3
+import ssl
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections import deque
+from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import (
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Set,
+    TextIO,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+__version__ = "1.0.0"
+__all__ = [
+    "CspError", "JobCancelled", "JobError", "Registry", "Server", "Service", "Settings", "StartError", "Store",
+    "StoringHandler", "load_settings", "job", "main", "util", "web",
+]
+
+T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+log = logging.getLogger("csp")
+access_log = logging.getLogger("csp.access")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+#
+# A refusal *is* an exception that carries its HTTP status; whoever notices raises it, and Service.handle alone turns
+# it into an answer. What stops a start is a StartError: one sentence on stderr, exit code 2.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class CspError(Exception):
+    """A refused request: an HTTP ``status`` and a ``message``, a sentence for whoever sent it."""
+
+    status = 500
+
+    def __init__(self, message: str, headers: Sequence[Tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.headers = tuple(headers)
+
+
+class BadRequest(CspError):
+    """The bytes are not an HTTP request (RFC 9112); the connection is closed."""
+
+    status = 400
+
+
+class Unauthorized(CspError):
+    """The login failed."""
+
+    status = 401
+
+
+class Forbidden(CspError):
+    """No credentials, or not the right ones."""
+
+    status = 403
+
+    def __init__(self, message: str = "not authorized") -> None:
+        super().__init__(message)
+
+
+class NotFound(CspError):
+    """There is no such path or job."""
+
+    status = 404
+
+
+class MethodNotAllowed(CspError):
+    """The path exists, the method does not."""
+
+    status = 405
+
+
+class RequestTimeout(CspError):
+    """The client took too long to send its request."""
+
+    status = 408
+
+
+class Conflict(CspError):
+    """The request says something that cannot be done (the documentation's "an error occurred")."""
+
+    status = 409
+
+
+class PayloadTooLarge(CspError):
+    """The body is larger than MAX_BODY_BYTES."""
+
+    status = 413
+
+
+class UriTooLong(CspError):
+    """The request target is too long."""
+
+    status = 414
+
+
+class ExpectationFailed(CspError):
+    """An Expect header that is not 100-continue (RFC 9110, section 10.1.1)."""
+
+    status = 417
+
+
+class HeadersTooLarge(CspError):
+    """The header fields are too many or too long (RFC 6585, section 5)."""
+
+    status = 431
+
+
+class Unavailable(CspError):
+    """Nothing can be stored, or no more taken, for the moment."""
+
+    status = 503
+
+    def __init__(self, message: str, retry_after_seconds: int = 5) -> None:
+        super().__init__(message, [("Retry-After", str(retry_after_seconds))])
+
+
+class VersionNotSupported(CspError):
+    """Not HTTP/1.0 or HTTP/1.1."""
+
+    status = 505
+
+
+class StreamBroken(Exception):
+    """A streamed result broke off in the middle; its job says why."""
+
+
+class StartError(Exception):
+    """The service cannot start; the message is a sentence that says why and what to do."""
+
+
+class JobError(Exception):
+    """An expected failure of a job: its verdict, which is stored as the job's error and never retried.
+
+    ``message`` is a string. A subclass may override ``as_dict`` to say more; what it returns has to be JSON.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def as_dict(self) -> Dict[str, Any]:
+        """Return the object that the job shows as its ``error``."""
+        return {"message": self.message}
+
+
+class JobCancelled(BaseException):
+    """Raised inside a job by ``check_cancelled``; a BaseException, so that ``except Exception`` lets it through."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON and time
+#
+# JSON is RFC 8259 and nothing else, in both directions. Timestamps are naive local time with six digits of
+# microseconds, because CKAN's client parses exactly that.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_JSON_DEPTH = 100  # real submissions nest under ten deep; far below the interpreter's recursion limit of 1,000
+_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
+
+
+def to_json(value: Any) -> str:
+    """Return ``value`` as JSON text that UTF-8 can carry; raise ValueError, TypeError or RecursionError if none is."""
+    text = _encode_json(value)
+    if not text.isascii():
+        text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
+    return text
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_duplicates(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return value
+
+
+_decode_json = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant).decode
+
+
+def _check_depth(body: bytes) -> None:
+    """Raise ValueError if ``body`` nests deeper than MAX_JSON_DEPTH: strip innermost pairs, a level at a time."""
+    if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
+        return
+    brackets = _JSON_STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    for _ in range(MAX_JSON_DEPTH):
+        inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        if len(inner) == len(brackets):
+            break
+        brackets = inner
+    if brackets:
+        raise ValueError(f"brackets do not match or nest deeper than {MAX_JSON_DEPTH}")
+
+
+def from_json(body: bytes) -> Any:
+    """Return the value of the JSON text ``body``; raise ValueError if RFC 8259 or this service's bounds refuse it."""
+    _check_depth(body)
+    text = body.decode("utf-8")
+    try:
+        value = _decode_json(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if _SURROGATE_ESCAPE.search(text):
+        to_json(value)
+    return value
+
+
+def timestamp(epoch_seconds: float) -> str:
+    """Return the instant as naive local time, ``%Y-%m-%dT%H:%M:%S.%f`` (always six digits)."""
+    whole, micros = divmod(round(epoch_seconds * 1_000_000), 1_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(whole))}.{micros:06d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+#
+# One row per setting: name, parser, default, help, and the command-line option if it has one. README.md documents
+# every row (a test compares). Parsers take what a Python settings file or an environment variable may hold.
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _text(value: Any) -> str:
+    return str(value)
+
+
+def _optional_text(value: Any) -> Optional[str]:
+    return None if value is None or value == "" else str(value)
+
+
+def _flag(value: Any) -> bool:
+    word = str(value).strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off", "none", ""):
+        return False
+    raise ValueError("has to be true or false")
+
+
+def _number(minimum: float, maximum: float, kind: Callable[[Any], Any] = int) -> Callable[[Any], Any]:
+    def parse(value: Any) -> Any:
+        try:
+            number = kind(str(value).strip())
+        except ValueError:
+            raise ValueError("has to be a number") from None
+        if not minimum <= number <= maximum:
+            raise ValueError(f"has to be between {minimum:,} and {maximum:,}")
+        return number
+    return parse
+
+
+def _optional_number(minimum: float, maximum: float) -> Callable[[Any], Any]:
+    parse = _number(minimum, maximum)
+    return lambda value: None if value is None or value == "" else parse(value)
+
+
+def _words(value: Any) -> Tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value or ()
+    return tuple(str(item).strip() for item in items if str(item).strip())
+
+
+def _networks(value: Any) -> Tuple[str, ...]:
+    words = _words(value)
+    for word in words:
+        ipaddress.ip_network(word, strict=False)
+    return words
+
+
+def database_path(uri: str) -> Optional[str]:
+    """Return the file that a database URI or plain path names, None for one in memory; raise ValueError if neither."""
+    if "://" not in uri:
+        return uri
+    if uri in ("sqlite://", "sqlite:///:memory:"):
+        return None
+    if not uri.startswith("sqlite:///") or uri == "sqlite:///":
+        raise ValueError("has to be sqlite:///relative/path, sqlite:////absolute/path or sqlite://, "
+                         "because jobs are stored in SQLite and in nothing else")
+    return uri[len("sqlite:///"):]
+
+
+def _database(value: Any) -> str:
+    if not str(value):
+        raise ValueError("has to name a database file")
+    database_path(str(value))
+    return str(value)
+
+
+class Setting(NamedTuple):
+    """A row of the settings table."""
+
+    name: str
+    parse: Callable[[Any], Any]
+    default: Any
+    help: str
+    option: str = ""
+
+
+SETTINGS = (
+    Setting("NAME", _text, "csp", "name of the service, shown by `/status`", "--name"),
+    Setting("HOST", _text, "127.0.0.1", "address to listen on; `0.0.0.0` or `::` for all", "--host"),
+    Setting("PORT", _number(0, 65535), 8000, "port to listen on; 0 picks a free one", "--port"),
+    Setting("USERNAME", _text, "admin", "the administrator's name"),
+    Setting("PASSWORD", _optional_text, None, "the administrator's password, or its hash from `--hash-password`; "
+            "without it one is made for each run and printed"),
+    Setting("SECRET_KEY", _optional_text, None, "the secure key: sent as the whole `Authorization` header it opens "
+            "every job; without it there is none"),
+    Setting("SQLALCHEMY_DATABASE_URI", _database, "sqlite:///jobs.db", "the database: `sqlite:///relative`, "
+            "`sqlite:////absolute`, `sqlite://` for memory, or a path; the variable DATABASE_URL is read too", "--db"),
+    Setting("WORKERS", _number(1, 10_000), 16, "asynchronous jobs that run at the same time; jobs mostly wait for "
+            "networks, so more than there are cores, and few enough that each may hold a file in memory", "--workers"),
+    Setting("KEEP_JOBS_AGE", _number(0, 36_500), 10, "days that finished jobs are kept when old ones are cleared"),
+    Setting("AUTO_CLEAR", _flag, False, "clear jobs older than KEEP_JOBS_AGE at the start and then daily"),
+    Setting("MAX_PENDING", _optional_number(1, 10**12), None, "unfinished jobs above which a submission is answered "
+            "503; without it there is no such limit, because CKAN never repeats a refused submission"),
+    Setting("GRACE_SECONDS", _number(0, 86_400, float), 30.0, "time that running jobs get to end when the service is "
+            "stopped"),
+    Setting("MAX_BODY_BYTES", _number(1024, 2**31), 64 * 2**20, "largest request body; a job's input is held in memory "
+            "a few times over"),
+    Setting("MAX_CONNECTIONS", _number(1, 100_000), 1000, "connections at the same time, each of which has a thread; "
+            "above it they are answered 503"),
+    Setting("HEADER_SECONDS", _number(1, 3600, float), 15.0, "time a client has to send a request's head"),
+    Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "time a client has to send a body, and one second more for "
+            "each 16 kB"),
+    Setting("IDLE_SECONDS", _number(1, 3600, float), 60.0, "time an unused connection is kept open"),
+    Setting("SESSION_IDLE_SECONDS", _number(60, 10**9, float), 3600.0, "a login unused for so long is over"),
+    Setting("SESSION_SECONDS", _number(60, 10**9, float), 43_200.0, "a login is over after so long, used or not"),
+    Setting("PUBLIC_JOB_LIST", _flag, True, "anybody may list job ids (`GET /job`); off: administrators only"),
+    Setting("TRUSTED_PROXIES", _networks, (), "addresses or networks of reverse proxies whose `X-Forwarded-For` and "
+            "`X-Forwarded-Proto` are believed"),
+    Setting("SSL_VERIFY", _flag, True, "verify the TLS certificates of callback receivers"),
+    Setting("CALLBACK_SECRET", _optional_text, None, "signs callbacks with the three headers of Standard Webhooks 1.0: "
+            "`whsec_` and base64, or any text"),
+    Setting("LOG_FILE", _optional_text, None, "log to this file, mode 0600, rotated at 64 MiB, five kept",
+            "--log-file"),
+    Setting("STDERR", _flag, True, "log to standard error"),
+    Setting("ADMINS", _words, (), "mail errors to these addresses, through the mail server on 127.0.0.1"),
+    Setting("FROM_EMAIL", _text, "csp@localhost", "sender of those mails"),
+    Setting("DEBUG", _flag, False, "log more; never changes what a client sees"),
+)
+
+
+class Settings(Mapping[str, Any]):
+    """The settings, read-only, by upper-case name; unknown upper-case names of a settings file are kept too."""
+
+    def __init__(self, values: Optional[Mapping[str, Any]] = None) -> None:
+        """Take ``values`` over the defaults; raise StartError for a wrong one."""
+        self._values: Dict[str, Any] = {**{row.name: row.default for row in SETTINGS}, **(values or {})}
+        for row in SETTINGS:
+            try:
+                self._values[row.name] = row.parse(self._values[row.name])
+            except ValueError as error:
+                raise StartError(f"The setting {row.name} {error}.") from None
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _read_settings_file(path: str) -> Dict[str, Any]:
+    """Run a Python settings file and return its upper-case names."""
+    names: Dict[str, Any] = {"__file__": path, "__name__": "csp_settings"}
+    try:
+        exec(compile(Path(path).read_bytes(), path, "exec"), names)
+    except OSError as error:
+        raise StartError(f"The settings file {path} cannot be read: {error.strerror}.") from None
+    except Exception as error:
+        raise StartError(f"The settings file {path} fails: {type(error).__name__}: {error}.") from error
+    return {name: value for name, value in names.items() if name.isupper()}
+
+
+def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
+                  overrides: Optional[Mapping[str, Any]] = None) -> Settings:
+    """Return defaults, overlaid by the settings file (else the one that JOB_CONFIG names), environment, overrides.
+
+    ``environ`` defaults to the process's; its DATABASE_URL and CSP_<NAME> count. Raises StartError for what is wrong.
+    """
+    environ = os.environ if environ is None else environ
+    values: Dict[str, Any] = {}
+    path = file or environ.get("JOB_CONFIG")
+    if path:
+        values.update(_read_settings_file(path))
+    if environ.get("DATABASE_URL"):
+        values["SQLALCHEMY_DATABASE_URI"] = environ["DATABASE_URL"]
+    values.update((row.name, environ["CSP_" + row.name]) for row in SETTINGS if "CSP_" + row.name in environ)
+    values.update(overrides or {})
+    return Settings(values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+#
+# A job is queued, then running, then complete or error; TRANSITIONS is the whole lifecycle and finished is final.
+# Clients know three words: what is queued or running is "pending" to them. Each attempt at a job is a JobRun, which
+# the job's function reaches through a context variable; a JobRun that has ended takes nothing more.
+# ---------------------------------------------------------------------------------------------------------------------
+
+QUEUED, RUNNING, COMPLETE, ERROR = "queued", "running", "complete", "error"
+PENDING = "pending"
+TRANSITIONS: Dict[str, FrozenSet[str]] = {
+    QUEUED: frozenset((RUNNING, ERROR)),
+    RUNNING: frozenset((QUEUED, COMPLETE, ERROR)),
+    COMPLETE: frozenset(),
+    ERROR: frozenset(),
+}
+MAX_ATTEMPTS = 3  # a job that ends the whole process each time must not do so for ever
+MAX_LOG_MESSAGE = 65_536  # characters; what is longer belongs into the result
+MAX_UNWRITTEN_LINES = 5_000  # log lines that a job may be ahead of the disk before it has to wait
+CANCELLED = "cancelled"
+
+
+def check_transition(old: str, new: str) -> None:
+    """Raise ValueError if a job in state ``old`` may not become ``new``."""
+    if new not in TRANSITIONS[old]:
+        raise ValueError(f"a job that is {old} cannot become {new}")
+
+
+class Job(NamedTuple):
+    """A record. ``sent_data``, ``data``, ``error``, ``metadata`` and ``progress`` are JSON texts or None.
+
+    ``data`` is bytes if the function returned bytes. ``run_at`` (epoch seconds: may run from then on) is None unless
+    the job is queued; ``callback_at`` (epoch seconds: next delivery) is None unless one is due.
+    """
+
+    seq: int
+    job_id: str
+    job_type: str
+    status: str
+    sent_data: Optional[str]
+    data: Union[str, bytes, None]
+    error: Optional[str]
+    metadata: Optional[str]
+    result_url: Optional[str]
+    api_key: Union[str, int, float, None]
+    job_key: str
+    requested_timestamp: str
+    started_timestamp: Optional[str]
+    finished_timestamp: Optional[str]
+    run_at: Optional[float]
+    attempts: int
+    synchronous: int
+    cancelled: int
+    progress: Optional[str]
+    callback_status: Optional[str]
+    callback_attempts: int
+    callback_error: Optional[str]
+    callback_at: Optional[float]
+    callback_host: Optional[str]
+    resubmitted_from: Optional[str]
+
+    @property
+    def state(self) -> str:
+        """QUEUED, RUNNING, COMPLETE or ERROR."""
+        if self.status != PENDING:
+            return self.status
+        return RUNNING if self.run_at is None else QUEUED
+
+    @property
+    def input(self) -> Dict[str, Any]:
+        """The submitted object, as the job's function gets it."""
+        value = {"job_type": self.job_type, "api_key": self.api_key}
+        for key, text in (("data", self.sent_data), ("metadata", self.metadata)):
+            if text is not None:
+                value[key] = json.loads(text)
+        if self.result_url is not None:
+            value["result_url"] = self.result_url
+        return value
+
+
+class LogLine(NamedTuple):
+    """An entry of a job's log."""
+
+    timestamp: str
+    message: str
+    level: str
+    module: str
+    funcName: str
+    lineno: int
+
+
+class Outcome(NamedTuple):
+    """How an attempt ended: the JSON text or bytes of its result, or of its error object."""
+
+    status: str
+    data: Union[str, bytes, None] = None
+    error: Optional[str] = None
+    may_retry: bool = False
+
+
+def failure(message: str, may_retry: bool = False, **more: str) -> Outcome:
+    """Return the outcome of an attempt that failed with ``message``."""
+    return Outcome(ERROR, error=to_json({"message": message, **more}), may_retry=may_retry)
+
+
+POST_FAILED = to_json({"message": "Process completed but unable to post to result_url"})
+
+
+def _callback_document(job: Job) -> Optional[Dict[str, Any]]:
+    if job.callback_status is None:
+        return None
+    return {"status": job.callback_status, "attempts": job.callback_attempts, "error": job.callback_error,
+            "next_attempt_timestamp": timestamp(job.callback_at) if job.callback_at is not None else None}
+
+
+def _result_text(data: Union[str, bytes, None]) -> str:
+    if isinstance(data, bytes):
+        return to_json({"base64": base64.b64encode(data).decode("ascii")})
+    return "null" if data is None else data
+
+
+def render_job(job: Job, logs: Iterable[LogLine], job_key: bool = False, callback_error: bool = True) -> bytes:
+    """Return the job as clients see it, JSON in UTF-8. Stored JSON texts are spliced in, never parsed.
+
+    ``job_key``: show it (submit, callback). ``callback_error``: a delivery that is failing shows as the job's error.
+    """
+    error = job.error
+    if error is None and callback_error and job.callback_attempts and job.callback_status in ("pending", "failed"):
+        error = POST_FAILED
+    sent_data = job.sent_data if job.sent_data not in (None, "null") else "{}"
+    texts = {
+        "job_id": to_json(job.job_id), "job_type": to_json(job.job_type), "status": to_json(job.status),
+        "sent_data": sent_data, "data": _result_text(job.data), "error": error or "null",
+        "metadata": job.metadata or "{}", "logs": to_json([line._asdict() for line in logs]),
+        "result_url": to_json(job.result_url), "requested_timestamp": to_json(job.requested_timestamp),
+        "started_timestamp": to_json(job.started_timestamp), "finished_timestamp": to_json(job.finished_timestamp),
+        "progress": job.progress or "null", "attempts": str(job.attempts),
+        "callback": to_json(_callback_document(job)), "resubmitted_from": to_json(job.resubmitted_from),
+    }
+    if job_key:
+        texts["job_key"] = to_json(job.job_key)
+    return ("{" + ", ".join(f'"{name}": {text}' for name, text in texts.items()) + "}").encode("utf-8")
+
+
+class JobType(NamedTuple):
+    """A registered function and how it wants to be run; ``timeout`` in seconds or None."""
+
+    name: str
+    function: Callable[[str, Dict[str, Any]], Any]
+    synchronous: bool
+    timeout: Optional[float]
+    retries: int
+    at_most_once: bool
+
+
+class Registry:
+    """The job types of a service, by name. Its decorators return the function unchanged."""
+
+    def __init__(self) -> None:
+        self._types: Dict[str, JobType] = {}
+
+    def synchronous(self, function: Optional[Function] = None, **options: Any) -> Any:
+        """Register a function whose submit answers when it has returned. Options: ``timeout`` (seconds)."""
+        return self._decorate(function, True, options)
+
+    def asynchronous(self, function: Optional[Function] = None, **options: Any) -> Any:
+        """Register a function that is queued. Options: ``timeout`` (seconds), ``retries``, ``at_most_once``.
+
+        ``retries`` counts how often an attempt that raised anything but JobError is repeated. With ``at_most_once`` a
+        job that was running when the process died is an error at the next start instead of running again.
+        """
+        return self._decorate(function, False, options)
+
+    def get(self, name: Any) -> Optional[JobType]:
+        """Return the job type of that name, or None."""
+        return self._types.get(name) if isinstance(name, str) else None
+
+    def names(self) -> List[str]:
+        """Return the names, sorted."""
+        return sorted(self._types)
+
+    def _decorate(self, function: Optional[Function], synchronous: bool, options: Dict[str, Any]) -> Any:
+        def register(function: Function) -> Function:
+            self._add(function, synchronous, **options)
+            return function
+        return register if function is None else register(function)
+
+    def _add(self, function: Callable[..., Any], synchronous: bool, timeout: Optional[float] = None, retries: int = 0,
+             at_most_once: bool = False) -> None:
+        if timeout is not None and not timeout > 0 or retries < 0:
+            raise ValueError(f"{function.__name__}: timeout has to be above 0 and retries not below 0")
+        if synchronous and (retries or at_most_once):
+            raise ValueError(f"{function.__name__}: a synchronous job is never repeated, so it takes only timeout")
+        known = self._types.get(function.__name__)
+        if known is not None and _place(known.function) != _place(function):
+            raise ValueError(f"two job types are called {function.__name__}: {_place(known.function)} and "
+                             f"{_place(function)}; rename one")
+        self._types[function.__name__] = JobType(function.__name__, function, synchronous, timeout, retries,
+                                                 at_most_once)
+
+
+def _place(function: Callable[..., Any]) -> str:
+    code = getattr(function, "__code__", None)
+    where = f" (line {code.co_firstlineno} of {code.co_filename})" if code else ""
+    return f"{function.__module__}.{function.__qualname__}{where}"
+
+
+class JobRun:
+    """One attempt at one job: its log, progress and cancel flag, for as long as its function runs.
+
+    Any thread may call its methods. ``written`` is called when there are lines for the store (and True if the caller
+    wants to wait until it has them), ``wake`` when there is progress to be written in a while.
+    """
+
+    def __init__(self, job_id: str, seq: int, attempt: int, written: Callable[[JobRun, bool], None],
+                 wake: Callable[[], None]) -> None:
+        self.job_id, self.seq, self.attempt = job_id, seq, attempt
+        self.cancelled = threading.Event()
+        self.ended = False
+        self.handlers: List[StoringHandler] = []
+        self.lines: Deque[LogLine] = deque()  # not yet on disk; only the store's writer removes
+        self.line_count = 0
+        self.progress: Optional[str] = None
+        self.progress_written = 0.0  # monotonic seconds
+        self.is_progress_unwritten = False
+        self.is_announced = False
+        self._written = written
+        self._wake = wake
+
+    def add_line(self, line: LogLine) -> None:
+        """Add to the job's log; wait for the disk if the job is too far ahead of it."""
+        if self.ended:
+            return
+        self.lines.append(line)
+        self.line_count += 1
+        if len(self.lines) >= MAX_UNWRITTEN_LINES:
+            self._written(self, True)
+        elif not self.is_announced:
+            self.is_announced = True
+            self._written(self, False)
+
+    def add_message(self, level: str, message: str) -> None:
+        """Add a line of the service's own to the job's log."""
+        self.add_line(LogLine(timestamp(time.time()), message, level, "csp", "", 0))
+
+    def set_progress(self, fraction: float, message: Optional[str]) -> None:
+        """Show ``fraction`` (0 to 1) and ``message`` as the job's progress; written to disk a few times a second."""
+        fraction = min(1.0, max(0.0, float(fraction)))
+        self.progress = to_json({"fraction": fraction, "message": None if message is None else clean(str(message))})
+        if not self.is_progress_unwritten:
+            self.is_progress_unwritten = True
+            self._wake()
+
+    def end(self) -> None:
+        """Take no more, and take this run's handlers off whatever loggers they are on."""
+        self.ended = True
+        if _runs.get(self.job_id) is self:
+            del _runs[self.job_id]
+        if self.handlers:
+            _detach_handlers(self)
+
+
+_current_run: contextvars.ContextVar[Optional[JobRun]] = contextvars.ContextVar("csp_run", default=None)
+_runs: Dict[str, JobRun] = {}  # by job id, for threads that a job starts: they do not inherit the context variable
+
+
+def _find_run(task_id: str) -> Optional[JobRun]:
+    run = _current_run.get()
+    return run if run is not None and run.job_id == task_id else _runs.get(task_id)
+
+
+def clean(text: str) -> str:
+    """Return ``text`` without what UTF-8 cannot carry (lone surrogates become question marks), and not too long."""
+    if len(text) > MAX_LOG_MESSAGE:
+        text = f"{text[:MAX_LOG_MESSAGE]}… (cut: {len(text):,} characters)"
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+class StoringHandler(logging.Handler):
+    """A logging handler that writes to the log of the job ``task_id``; the service removes it when the job ends.
+
+    On a logger that several jobs share, each handler takes only what its own job logs. A line from a thread that a job
+    started itself is taken if no other job's handler is on that logger, because then there is no doubt whose it is.
+    """
+
+    def __init__(self, task_id: str, input: Any) -> None:
+        super().__init__()
+        self.task_id = task_id
+        self.run = _find_run(task_id)
+        if self.run is not None:
+            self.run.handlers.append(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Store the record as a LogLine; a record that cannot be formatted is stored as it is."""
+        run = self.run
+        if run is None or run.ended or not self._is_own(record):
+            return
+        try:
+            message = self.format(record)
+        except Exception as error:  # noqa: BLE001 - a job's bad log call is no reason to fail the job
+            message = f"{record.msg!r} % {record.args!r} ({type(error).__name__})"
+        run.add_line(LogLine(timestamp(record.created), clean(message), record.levelname, record.module,
+                             str(record.funcName), record.lineno))
+
+    def _is_own(self, record: logging.LogRecord) -> bool:
+        current = _current_run.get()
+        if current is not None:
+            return current is self.run
+        logger: Optional[logging.Logger] = logging.getLogger(record.name)
+        while logger is not None:
+            if any(isinstance(other, StoringHandler) and other.run is not self.run for other in logger.handlers):
+                return False
+            logger = logger.parent if logger.propagate else None
+        return True
+
+
+def _detach_handlers(run: JobRun) -> None:
+    """Remove the run's handlers from all loggers, and loggers that were made for this job alone (named by its id)."""
+    known = logging.root.manager.loggerDict
+    for name, logger in [("", logging.root), *known.items()]:
+        if isinstance(logger, logging.PlaceHolder):
+            for child in [child for child in logger.loggerMap if run.job_id in child.name]:
+                del logger.loggerMap[child]
+            continue
+        for handler in run.handlers:
+            if handler in logger.handlers:
+                logger.removeHandler(handler)
+        if run.job_id in name:
+            known.pop(name, None)
+    for handler in run.handlers:
+        handler.close()
+
+
+def set_progress(task_id: str, fraction: float, message: Optional[str] = None) -> None:
+    """Show how far the running job is: ``fraction`` from 0 to 1, and a message. Does nothing for a job not running."""
+    run = _find_run(task_id)
+    if run is not None and not run.ended:
+        run.set_progress(fraction, message)
+
+
+def check_cancelled(task_id: str) -> None:
+    """Raise JobCancelled if the running job was told to stop (cancelled, deleted, timed out)."""
+    run = _find_run(task_id)
+    if run is not None and run.cancelled.is_set():
+        raise JobCancelled
+
+
+registry = Registry()  # what the decorators of the module ``job`` fill
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Store
+#
+# The database is the queue. Every write goes to one writer thread, which takes all waiting writes, runs them in one
+# transaction, commits, and only then lets the callers go on (group commit): an answer means durable, and the price of
+# a commit is shared. WAL with synchronous=FULL syncs at each commit (sqlite.org/pragma.html#pragma_synchronous,
+# sqlite.org/wal.html); readers never wait for the writer. A crash loses no committed transaction and nothing of a
+# half-done one. All SQL is here; statements are constant texts, so they stay compiled.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x43535031  # "CSP1" in the file's header (sqlite.org/pragma.html#pragma_application_id)
+BUSY_SECONDS = 5.0  # how long a write waits for another program's lock before it is answered 503
+BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last of them waits
+READERS = 2  # connections for reading: each step hands the interpreter lock over, so more of them only convoy
+CLEAR_SLICE = 500  # jobs deleted in one transaction, so that nobody waits behind a million rows
+
+_SCHEMA = (
+    """CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE, job_type TEXT, status TEXT NOT NULL, sent_data TEXT,
+        data, error TEXT, metadata TEXT, result_url TEXT, api_key, job_key TEXT, requested_timestamp TEXT,
+        started_timestamp TEXT, finished_timestamp TEXT, run_at REAL, attempts INTEGER NOT NULL DEFAULT 0,
+        synchronous INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0, progress TEXT,
+        callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0, callback_error TEXT, callback_at REAL,
+        callback_host TEXT, resubmitted_from TEXT)""",
+    "CREATE INDEX jobs_by_status ON jobs (status, seq)",
+    "CREATE INDEX jobs_queued ON jobs (run_at, seq) WHERE run_at IS NOT NULL",
+    "CREATE INDEX jobs_running ON jobs (seq) WHERE status = 'pending' AND run_at IS NULL",
+    "CREATE INDEX jobs_by_finish ON jobs (finished_timestamp) WHERE finished_timestamp IS NOT NULL",
+    "CREATE INDEX jobs_by_callback ON jobs (callback_host, callback_at) WHERE callback_at IS NOT NULL",
+    """CREATE TABLE metadata (
+        job_id TEXT NOT NULL, key TEXT NOT NULL, value TEXT, type TEXT,
+        seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE, PRIMARY KEY (seq, key)) WITHOUT ROWID""",
+    "CREATE INDEX metadata_by_value ON metadata (key, value, seq)",
+    """CREATE TABLE logs (
+        log_id INTEGER PRIMARY KEY, job_id TEXT NOT NULL, timestamp TEXT, message TEXT, level TEXT, module TEXT,
+        funcName TEXT, lineno INTEGER, seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE)""",
+    "CREATE INDEX logs_by_job ON logs (seq, log_id)",
+    "CREATE TABLE counts (job_type TEXT, status TEXT, jobs INTEGER, PRIMARY KEY (job_type, status)) WITHOUT ROWID",
+    "CREATE TABLE sessions (token_hash TEXT PRIMARY KEY, created_at REAL, used_at REAL) WITHOUT ROWID",
+)
+# From the predecessor's tables, renamed to old_*. What stands in them is checked, because this program splices JSON.
+_FROM_PREDECESSOR = (
+    """INSERT INTO jobs (job_id, job_type, status, sent_data, data, error, metadata, result_url, api_key, job_key,
+        requested_timestamp, finished_timestamp, run_at, callback_host)
+        SELECT job_id, job_type, coalesce(status, 'error'), as_json(sent_data), as_json(data), as_error(error),
+        CASE WHEN EXISTS (SELECT 1 FROM old_metadata m WHERE m.job_id = j.job_id) THEN as_object((
+            SELECT json_pairs(key, value, type) FROM old_metadata m WHERE m.job_id = j.job_id)) END,
+        nullif(result_url, ''), CASE status WHEN 'pending' THEN api_key END, job_key, as_time(requested_timestamp),
+        as_time(finished_timestamp), CASE status WHEN 'pending' THEN 0 END, as_host(result_url)
+        FROM old_jobs j ORDER BY requested_timestamp, rowid""",
+    """INSERT INTO metadata (job_id, key, value, type, seq) SELECT m.job_id, key, coalesce(value, ''), type, seq
+        FROM old_metadata m JOIN jobs USING (job_id)""",
+    """INSERT INTO logs (job_id, timestamp, message, level, module, funcName, lineno, seq)
+        SELECT l.job_id, as_time(timestamp), coalesce(message, ''), level, module, funcName, lineno, seq
+        FROM old_logs l JOIN jobs USING (job_id) ORDER BY l.rowid""",
+    "INSERT INTO counts SELECT coalesce(job_type, ''), status, count(*) FROM jobs GROUP BY 1, 2",
+)
+_JOB_COLUMNS = ", ".join(Job._fields)
+_IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "status = 'pending' AND run_at IS NULL"}
+_INSERT_JOB = f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
+_SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
+_FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, run_at = NULL,
+    progress = coalesce(?, progress), callback_status = CASE WHEN result_url IS NOT NULL THEN 'pending' END,
+    callback_at = CASE WHEN result_url IS NOT NULL THEN ? END,
+    api_key = CASE WHEN result_url IS NOT NULL THEN api_key END
+    WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
+_REQUEUE_JOB = f"UPDATE jobs SET run_at = ?, progress = NULL WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"
+_INSERT_LINE = """INSERT INTO logs (timestamp, message, level, module, funcName, lineno, job_id, seq)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+
+
+class Transaction:
+    """What a write operation is given: the connection's ``execute``, counters, and what to do when it is over."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.execute = connection.execute
+        self.executemany = connection.executemany
+        self.counts: Dict[Tuple[str, str], int] = {}
+        self.on_commit: List[Callable[[], None]] = []
+        self.on_rollback: List[Callable[[], None]] = []
+        self.touched: Set[str] = set()
+
+    def count(self, job_type: str, status: str, change: int) -> None:
+        """Note that there are ``change`` more jobs of that type and status."""
+        self.counts[job_type, status] = self.counts.get((job_type, status), 0) + change
+
+
+class Write:
+    """An operation on its way through the writer; ``wait`` returns its result once it is durable, or raises."""
+
+    __slots__ = ("operation", "result", "error", "_done")
+
+    def __init__(self, operation: Callable[[Transaction], Any]) -> None:
+        self.operation = operation
+        self.result: Any = None
+        self.error: Optional[Exception] = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def finish(self) -> None:
+        """Let the caller go on (the writer calls this once)."""
+        self._done.release()
+
+    def wait(self) -> Any:
+        """Return the operation's result or raise its error, after the commit."""
+        with self._done:
+            if self.error is not None:
+                raise self.error
+            return self.result
+
+
+class _Spoiled(Exception):
+    """An operation failed after it had changed something: the batch must be undone and run one by one."""
+
+
+@contextmanager
+def _borrowed(pool: queue.SimpleQueue[sqlite3.Connection]) -> Iterator[sqlite3.Connection]:
+    connection = pool.get()
+    try:
+        yield connection
+    finally:
+        pool.put(connection)
+
+
+class Store:
+    """Jobs, logs, metadata and sessions in SQLite. Any thread may call any method.
+
+    Methods that write return when the change is durable and raise Unavailable when the disk cannot take it. ``path``
+    None keeps everything in memory. Raises StartError for a file that is not ours, not readable or in use.
+    """
+
+    def __init__(self, path: Optional[str]) -> None:
+        if path is not None:
+            _check_database(path)
+        self._lock_file = _lock_database(path) if path else None
+        self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
+        self._writers = self._readers if path is None else queue.SimpleQueue()
+        try:
+            self._writers.put(_open_database(path))
+            for _ in range(READERS if path else 0):
+                self._readers.put(_connect(path))
+            self._load()
+        except (OSError, sqlite3.Error, Unavailable) as error:
+            self._unlock()
+            raise StartError(f"The database {path} cannot be opened: {error}.") from None
+        self._queue: queue.SimpleQueue[Optional[Write]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards _is_closed and _watchers; never held while waiting for anything
+        self._is_closed = False
+        self._watchers: Dict[str, List[threading.Event]] = {}
+        self._trouble = ""
+        self._writer = threading.Thread(target=self._run_writer, name="csp-writer", daemon=True)
+        self._writer.start()
+
+    def _load(self) -> None:
+        rows = self._read("SELECT job_type, status, jobs FROM counts")
+        self._counts = {(job_type, status): jobs for job_type, status, jobs in rows}
+        self._next_seq = itertools.count(self._read("SELECT coalesce(max(seq), 0) + 1 FROM jobs")[0][0])
+
+    def close(self) -> None:
+        """Finish the writes that are waiting, fold the WAL into the database file, and let go of it."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._queue.put(None)
+        self._writer.join()
+        while not self._writers.empty():
+            connection = self._writers.get()
+            try:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except sqlite3.Error:
+                log.info("the write-ahead log stays beside the database; the next start reads it")
+            connection.close()
+        while not self._readers.empty():
+            self._readers.get().close()
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+
+    # -- the writer
+
+    def _enqueue(self, operation: Callable[[Transaction], Any]) -> Write:
+        write = Write(operation)
+        with self._lock:
+            if self._is_closed:
+                raise Unavailable("The service is stopping; try again.")
+            self._queue.put(write)
+        return write
+
+    def _write(self, operation: Callable[[Transaction], T]) -> T:
+        result: T = self._enqueue(operation).wait()
+        return result
+
+    def _run_writer(self) -> None:
+        write = self._queue.get()
+        while write is not None:
+            batch = [write]
+            while len(batch) < BATCH_WRITES and not self._queue.empty():
+                write = self._queue.get()
+                if write is None:
+                    break
+                batch.append(write)
+            else:
+                write = batch[-1]
+            self._commit(batch)
+            if write is not None:
+                write = self._queue.get()
+
+    def _commit(self, batch: List[Write]) -> None:
+        """Run the operations in one transaction and tell each caller; never raises."""
+        try:
+            transaction = self._run_transaction(batch)
+        except _Spoiled:
+            for write in batch:
+                self._commit([write])
+            return
+        except Exception as error:  # noqa: BLE001 - the worker loop: without it nothing could be stored any more
+            self._note_trouble(str(error))
+            for write in batch:
+                write.error = Unavailable(f"The database cannot be written ({error}); try again.")
+        else:
+            self._note_trouble("")
+            self._publish(transaction)
+        for write in batch:
+            write.finish()
+
+    def _run_transaction(self, batch: List[Write]) -> Transaction:
+        with _borrowed(self._writers) as connection:
+            transaction = Transaction(connection)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                for write in batch:
+                    self._run_operation(connection, transaction, write, alone=len(batch) == 1)
+                transaction.executemany("""INSERT INTO counts VALUES (?, ?, ?)
+                    ON CONFLICT (job_type, status) DO UPDATE SET jobs = jobs + excluded.jobs""",
+                    [(*key, change) for key, change in transaction.counts.items() if change])
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                for undo in transaction.on_rollback:
+                    undo()
+                raise
+            return transaction
+
+    @staticmethod
+    def _run_operation(connection: sqlite3.Connection, transaction: Transaction, write: Write, alone: bool) -> None:
+        """Run one operation. Its own mistake is its caller's alone; the disk's is everybody's, and raised."""
+        before = connection.total_changes
+        write.error = None
+        try:
+            write.result = write.operation(transaction)
+        except Exception as error:  # noqa: BLE001 - the worker loop: the other callers wait, whatever it is
+            if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError):
+                raise
+            if connection.total_changes != before and not alone:
+                raise _Spoiled from error
+            is_value = isinstance(error, (sqlite3.Error, OverflowError, UnicodeError))
+            write.error = ValueError(f"It cannot be stored: {error}") if is_value else error
+            if connection.total_changes != before:
+                connection.execute("ROLLBACK")
+                connection.execute("BEGIN IMMEDIATE")
+
+    def _publish(self, transaction: Transaction) -> None:
+        """After a commit: counters, then whoever waits for it."""
+        for key, change in transaction.counts.items():
+            self._counts[key] = self._counts.get(key, 0) + change
+        for then in transaction.on_commit:
+            then()
+        if self._watchers and transaction.touched:
+            with self._lock:
+                for job_id in transaction.touched:
+                    for event in self._watchers.get(job_id, ()):
+                        event.set()
+
+    def _note_trouble(self, trouble: str) -> None:
+        """Log that the disk fell ill or recovered: once, not for each write."""
+        if trouble and not self._trouble:
+            log.error("the database cannot be written: %s; submissions are answered 503 until it can", trouble)
+        elif self._trouble and not trouble:
+            log.warning("the database can be written again")
+        self._trouble = trouble
+
+    # -- reading
+
+    def _read(self, statement: str, values: Sequence[Any] = ()) -> List[Any]:
+        with _borrowed(self._readers) as connection:
+            try:
+                return connection.execute(statement, values).fetchall()
+            except sqlite3.OperationalError as error:
+                raise Unavailable(f"The database cannot be read ({error}); try again.") from None
+
+    def get_job(self, job_id: str) -> Optional[Job]:
+        """Return the job, or None."""
+        rows = self._read(_SELECT_JOB + "WHERE job_id = ?", (job_id,))
+        return Job._make(rows[0]) if rows else None
+
+    def get_logs(self, job: Job, limit: Optional[int] = None) -> List[LogLine]:
+        """Return the job's log, oldest first; with ``limit`` only the newest lines, newest first."""
+        columns = "SELECT timestamp, message, level, module, funcName, lineno FROM logs WHERE seq = ? ORDER BY log_id "
+        if limit is None:
+            return [LogLine._make(row) for row in self._read(columns, (job.seq,))]
+        return [LogLine._make(row) for row in self._read(columns + "DESC LIMIT ?", (job.seq, limit))]
+
+    def list_jobs(self, limit: int, offset: int = 0, status: Optional[str] = None,
+                  metadata: Sequence[Tuple[str, str]] = (), before_seq: Optional[int] = None) -> List[Tuple[int, str]]:
+        """Return (seq, job id) of jobs, newest first; all of ``metadata`` (key, value) has to match."""
+        table, seq = "jobs j", "j.seq"
+        where: List[str] = []
+        values: List[Any] = []
+        if metadata:
+            table, seq = "metadata m CROSS JOIN jobs j ON j.seq = m.seq", "m.seq"
+            where, values = ["m.key = ? AND m.value = ?"], list(itertools.chain.from_iterable(metadata))
+            where += ["EXISTS (SELECT 1 FROM metadata o WHERE o.seq = m.seq AND o.key = ? AND o.value = ?)"
+                      ] * (len(metadata) - 1)
+        if status is not None:
+            where.append("j.status = ?")
+            values.append(status)
+        if before_seq is not None:
+            where.append(f"{seq} < ?")
+            values.append(before_seq)
+        condition = "WHERE " + " AND ".join(where) if where else ""
+        return self._read(f"SELECT j.seq, j.job_id FROM {table} {condition} ORDER BY {seq} DESC LIMIT ? OFFSET ?",
+                          (*values, limit, offset))
+
+    def count_jobs(self) -> Dict[str, int]:
+        """Return how many jobs are pending, complete and error, at constant cost."""
+        totals = {PENDING: 0, COMPLETE: 0, ERROR: 0}
+        for (_, status), jobs in list(self._counts.items()):
+            totals[status] = totals.get(status, 0) + jobs
+        return totals
+
+    def list_running(self) -> List[Job]:
+        """Return the jobs that are marked as running, oldest first."""
+        return [Job._make(row) for row in self._read(f"{_SELECT_JOB} WHERE {_IN_STATE[RUNNING]} ORDER BY seq")]
+
+    def list_callback_hosts(self) -> List[Tuple[str, float]]:
+        """Return (host, earliest epoch seconds) for every host that a callback is due to, now or later."""
+        return self._read("""WITH RECURSIVE hosts (host) AS (
+            SELECT min(callback_host) FROM jobs WHERE callback_at IS NOT NULL UNION ALL
+            SELECT (SELECT min(callback_host) FROM jobs WHERE callback_at IS NOT NULL AND callback_host > host)
+            FROM hosts WHERE host IS NOT NULL)
+            SELECT host, (SELECT min(callback_at) FROM jobs WHERE callback_at IS NOT NULL AND callback_host = host)
+            FROM hosts WHERE host IS NOT NULL""")
+
+    def list_due_callbacks(self, host: str, limit: int) -> List[Job]:
+        """Return the jobs whose callback goes to ``host``, the earliest due first, due or not."""
+        return [Job._make(row) for row in self._read(
+            _SELECT_JOB + "WHERE callback_at IS NOT NULL AND callback_host = ? ORDER BY callback_at LIMIT ?",
+            (host, limit))]
+
+    def wait_for_job(self, job_id: str, is_ready: Callable[[Job], bool], timeout_seconds: float) -> Optional[Job]:
+        """Return the job once ``is_ready`` or after the time; None if it is deleted. Woken by the writer."""
+        deadline = time.monotonic() + timeout_seconds
+        event = threading.Event()
+        with self._lock:
+            self._watchers.setdefault(job_id, []).append(event)
+        try:
+            while True:
+                event.clear()
+                job = self.get_job(job_id)
+                if job is None or is_ready(job) or self._is_closed:
+                    return job
+                if not event.wait(deadline - time.monotonic()):
+                    return job
+        finally:
+            self._unwatch(job_id, event)
+
+    def _unwatch(self, job_id: str, event: threading.Event) -> None:
+        with self._lock:
+            self._watchers[job_id].remove(event)
+            if not self._watchers[job_id]:
+                del self._watchers[job_id]
+
+    # -- the lifecycle
+
+    def take_seq(self) -> int:
+        """Return the number of a new job: higher than all before, never used twice by one process."""
+        seq: int = next(self._next_seq)
+        return seq
+
+    def add_job(self, job: Job, then: Callable[[], None]) -> Write:
+        """Store a new job, without waiting, and call ``then`` after the commit; the Write may raise Conflict: id taken."""
+        def operation(transaction: Transaction) -> None:
+            try:
+                transaction.execute(_INSERT_JOB, job)
+            except sqlite3.IntegrityError:
+                raise Conflict(f"job_id {job.job_id} already exists") from None
+            if job.metadata is not None:
+                transaction.executemany("INSERT INTO metadata (job_id, key, value, type, seq) VALUES (?, ?, ?, ?, ?)",
+                                        _metadata_rows(job))
+            transaction.count(job.job_type, job.status, 1)
+            transaction.on_commit.append(then)
+        return self._enqueue(operation)
+
+    def claim_jobs(self, limit: int, now: float) -> Tuple[List[Job], Optional[float]]:
+        """Mark up to ``limit`` queued jobs as running, the longest due first; return them and when the next is due."""
+        check_transition(QUEUED, RUNNING)
+
+        def operation(transaction: Transaction) -> Tuple[List[Job], Optional[float]]:
+            rows = transaction.execute(_SELECT_JOB + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?",
+                                       (limit + 1,)).fetchall()
+            jobs = [Job._make(row) for row in rows]
+            due = [job._replace(run_at=None, attempts=job.attempts + 1, started_timestamp=timestamp(now))
+                   for job in jobs[:limit] if job.run_at is None or job.run_at <= now]
+            transaction.executemany(
+                "UPDATE jobs SET run_at = NULL, attempts = ?, started_timestamp = ? WHERE seq = ?",
+                [(job.attempts, job.started_timestamp, job.seq) for job in due])
+            transaction.touched.update(job.job_id for job in due)
+            return due, jobs[len(due)].run_at if len(due) < len(jobs) else None
+        return self._write(operation)
+
+    def mark_finished(self, job: Job, outcome: Outcome, run: Optional[JobRun], then: Callable[[], None]) -> bool:
+        """End the job, with its log and its callback due, if it is still in the state (and attempt) of ``job``.
+
+        Return False, and change nothing, if it is not: it was cancelled, deleted or timed out, or runs again.
+        """
+        check_transition(job.state, outcome.status)
+        now = time.time()
+        progress = run.progress if run is not None else None
+
+        def operation(transaction: Transaction) -> bool:
+            if not transaction.execute(_FINISH_JOB[job.state], (
+                    outcome.status, outcome.data, outcome.error, timestamp(now), progress, now, job.seq, job.attempts,
+                    )).rowcount:
+                return False
+            if run is not None:
+                _add_lines(transaction, run)
+            transaction.count(job.job_type, PENDING, -1)
+            transaction.count(job.job_type, outcome.status, 1)
+            transaction.touched.add(job.job_id)
+            transaction.on_commit.append(then)
+            return True
+        return self._write(operation)
+
+    def mark_queued(self, job: Job, run_at: float, run: Optional[JobRun], then: Callable[[], None]) -> bool:
+        """Put a running job back into the queue, to run from ``run_at`` on; False if it is not running any more."""
+        check_transition(job.state, QUEUED)
+
+        def operation(transaction: Transaction) -> bool:
+            if not transaction.execute(_REQUEUE_JOB, (run_at, job.seq, job.attempts)).rowcount:
+                return False
+            if run is not None:
+                _add_lines(transaction, run)
+            transaction.touched.add(job.job_id)
+            transaction.on_commit.append(then)
+            return True
+        return self._write(operation)
+
+    def mark_cancelled(self, job: Job) -> bool:
+        """Note on a running job that it was told to stop, so that it does not run again; False if it is not running."""
+        return self._write(lambda transaction: transaction.execute(
+            f"UPDATE jobs SET cancelled = 1 WHERE seq = ? AND {_IN_STATE[RUNNING]}", (job.seq,)).rowcount > 0)
+
+    def add_run_output(self, run: JobRun) -> Write:
+        """Store what the run has logged and its progress, without waiting."""
+        def operation(transaction: Transaction) -> None:
+            run.is_announced = False
+            if not transaction.execute("SELECT 1 FROM jobs WHERE seq = ?", (run.seq,)).fetchone():
+                run.lines.clear()
+                return
+            _add_lines(transaction, run)
+            if run.is_progress_unwritten:
+                run.is_progress_unwritten = False
+                run.progress_written = time.monotonic()
+                transaction.execute("UPDATE jobs SET progress = ? WHERE seq = ? AND attempts = ?",
+                                    (run.progress, run.seq, run.attempt))
+            transaction.touched.add(run.job_id)
+        return self._enqueue(operation)
+
+    def mark_callback(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> None:
+        """Record an attempt at the job's callback; without ``next_at`` it was the last, and the api_key is erased."""
+        def operation(transaction: Transaction) -> None:
+            transaction.execute(
+                """UPDATE jobs SET callback_status = ?, callback_attempts = callback_attempts + 1, callback_error = ?,
+                callback_at = ?, api_key = CASE WHEN ? IS NOT NULL THEN api_key END
+                WHERE seq = ? AND callback_at IS NOT NULL""", (status, error, next_at, next_at, job.seq))
+            transaction.touched.add(job.job_id)
+        self._write(operation)
+
+    def mark_callback_due(self, job: Job, api_key: Union[str, int, float, None], then: Callable[[], None]) -> None:
+        """Make the finished job's callback due now, from the first attempt; ``api_key`` if there is none any more."""
+        def operation(transaction: Transaction) -> None:
+            transaction.execute(
+                """UPDATE jobs SET callback_status = 'pending', callback_attempts = 0, callback_error = NULL,
+                callback_at = ?, api_key = coalesce(?, api_key)
+                WHERE seq = ? AND finished_timestamp IS NOT NULL AND result_url IS NOT NULL""",
+                (time.time(), api_key, job.seq))
+            transaction.touched.add(job.job_id)
+            transaction.on_commit.append(then)
+        self._write(operation)
+
+    def delete_job(self, job: Job) -> bool:
+        """Delete the job, its log and its metadata; return whether it was there."""
+        def operation(transaction: Transaction) -> bool:
+            rows = transaction.execute("SELECT job_type, status FROM jobs WHERE seq = ?", (job.seq,)).fetchall()
+            transaction.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
+            for job_type, status in rows:
+                transaction.count(job_type or "", status, -1)
+            transaction.touched.add(job.job_id)
+            return bool(rows)
+        return self._write(operation)
+
+    def delete_finished_jobs(self, before: str) -> int:
+        """Delete jobs that finished before the timestamp and whose callback is not due any more; return how many."""
+        def operation(transaction: Transaction) -> int:
+            rows = transaction.execute(
+                """SELECT seq, job_type, status FROM jobs WHERE finished_timestamp < ? AND callback_at IS NULL
+                ORDER BY finished_timestamp LIMIT ?""", (before, CLEAR_SLICE)).fetchall()
+            transaction.executemany("DELETE FROM jobs WHERE seq = ?", [(seq,) for seq, _, _ in rows])
+            for _, job_type, status in rows:
+                transaction.count(job_type or "", status, -1)
+            return len(rows)
+        deleted = part = self._write(operation)
+        while part == CLEAR_SLICE:
+            part = self._write(operation)
+            deleted += part
+        return deleted
+
+    # -- sessions
+
+    def add_session(self, token_hash: str, now: float, idle_since: float, created_since: float) -> None:
+        """Store a login, and forget those that were unused or begun before the given times."""
+        def operation(transaction: Transaction) -> None:
+            transaction.execute("DELETE FROM sessions WHERE used_at < ? OR created_at < ?", (idle_since, created_since))
+            transaction.execute("INSERT INTO sessions VALUES (?, ?, ?)", (token_hash, now, now))
+        self._write(operation)
+
+    def get_session(self, token_hash: str) -> Optional[Tuple[float, float]]:
+        """Return when the login began and when it was last used (epoch seconds), or None."""
+        rows: List[Tuple[float, float]] = self._read(
+            "SELECT created_at, used_at FROM sessions WHERE token_hash = ?", (token_hash,))
+        return rows[0] if rows else None
+
+    def mark_session_used(self, token_hash: str, now: float) -> None:
+        """Note, without waiting, that the login is in use."""
+        self._enqueue(lambda transaction: transaction.execute(
+            "UPDATE sessions SET used_at = ? WHERE token_hash = ?", (now, token_hash)).rowcount)
+
+    def delete_session(self, token_hash: str) -> None:
+        """End the login."""
+        self._write(lambda transaction: transaction.execute(
+            "DELETE FROM sessions WHERE token_hash = ?", (token_hash,)).rowcount)
+
+
+def _metadata_rows(job: Job) -> List[Tuple[str, str, str, str, int]]:
+    return [(job.job_id, key, value, "string", job.seq) if isinstance(value, str) else
+            (job.job_id, key, to_json(value), "json", job.seq)
+            for key, value in json.loads(job.metadata or "{}").items()]
+
+
+def _add_lines(transaction: Transaction, run: JobRun) -> None:
+    """Move the run's log lines to the database; a rollback puts them back."""
+    lines = [run.lines.popleft() for _ in range(len(run.lines))]
+    if lines:
+        transaction.on_rollback.append(lambda: run.lines.extendleft(reversed(lines)))
+        transaction.executemany(_INSERT_LINE, [(*line, run.job_id, run.seq) for line in lines])
+
+
+# -- opening the file
+
+def _lock_database(path: str) -> int:
+    """Return the descriptor of a lock that dies with this process; raise StartError if another one holds it."""
+    try:
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise StartError(f"The database {path} cannot be opened: {error.strerror}.") from None
+    if not _try_lock(descriptor):
+        owner = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
+        os.close(descriptor)
+        raise StartError(f"The database {path} is in use by another csp server, process {owner}; "
+                         "stop it first, or choose another file with --db.")
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+    return descriptor
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; its file locks are mandatory, and SQLite's own must do
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _connect(path: Optional[str]) -> sqlite3.Connection:
+    connection = sqlite3.connect(path or ":memory:", timeout=BUSY_SECONDS, isolation_level=None,
+                                 check_same_thread=False, cached_statements=200)
+    for pragma in ("foreign_keys = ON", "synchronous = FULL", "secure_delete = ON", "journal_size_limit = 67108864",
+                   "temp_store = MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+def _open_database(path: Optional[str]) -> sqlite3.Connection:
+    """Return the writer's connection to a database with our schema, made or migrated if need be."""
+    if path is not None:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives -wal and -shm the mode of this file
+        os.chmod(path, 0o600)
+    connection = _connect(path)
+    if path is not None:
+        connection.execute("PRAGMA journal_mode = WAL")
+    if connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+        _migrate(connection)
+    return connection
+
+
+def _check_database(path: str) -> None:
+    """Raise StartError, with the file untouched, unless it is missing, empty, ours or the predecessor's."""
+    if not os.path.exists(path):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise StartError(f"The database {path} cannot be made: its directory does not exist.")
+        return
+    if not os.access(path, os.R_OK | os.W_OK) or os.path.isdir(path):
+        raise StartError(f"The database {path} is not a file that may be read and written.")
+    connection = sqlite3.connect(f"file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro", uri=True)
+    try:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        owner = connection.execute("PRAGMA application_id").fetchone()[0]
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
+    except sqlite3.DatabaseError as error:
+        raise StartError(f"The file {path} is not a database that can be read: {error}.") from None
+    finally:
+        connection.close()
+    if owner == APPLICATION_ID and version > SCHEMA_VERSION:
+        raise StartError(f"The database {path} was written by a newer csp.py (schema {version}, this one knows "
+                         f"{SCHEMA_VERSION}); use that one.")
+    is_old = {"job_id", "job_type", "status", "sent_data", "job_key"} <= columns and {"metadata", "logs"} <= tables
+    if owner != APPLICATION_ID and tables and not (is_old and version == 0):
+        raise StartError(f"The database {path} belongs to another program; choose another file with --db.")
+
+
+def _migrate(connection: sqlite3.Connection) -> None:
+    """Make the schema, and take over the predecessor's tables, in one transaction."""
+    connection.execute("PRAGMA foreign_keys = OFF")
+    connection.execute("BEGIN EXCLUSIVE")
+    try:
+        old = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone()
+        for table in ("jobs", "metadata", "logs") if old else ():
+            connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+        for statement in _SCHEMA:
+            connection.execute(statement)
+        if old:
+            _create_functions(connection)
+            for statement in _FROM_PREDECESSOR:
+                connection.execute(statement)
+        for table in ("logs", "metadata", "jobs") if old else ():
+            connection.execute(f"DROP TABLE old_{table}")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+    except sqlite3.Error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+class _Pairs:
+    """An SQL aggregate: rows of key, value, type ('json' or a string) become the text of one JSON object."""
+
+    def __init__(self) -> None:
+        self._pairs: Dict[str, Any] = {}
+
+    def step(self, key: Any, value: Any, kind: Any) -> None:
+        """Take a row."""
+        text = _as_json(value) if kind == "json" else None
+        self._pairs[key] = json.loads(text) if text else value
+
+    def finalize(self) -> str:
+        """Return the object's text."""
+        return to_json(self._pairs)
+
+
+def _as_json(text: Optional[str]) -> Optional[str]:
+    if text is None:
+        return None
+    try:
+        return to_json(json.loads(text))
+    except (ValueError, RecursionError):
+        return to_json(clean(text))
+
+
+def _as_error(text: Optional[str]) -> Optional[str]:
+    value = None if text is None else json.loads(_as_json(text) or "null")
+    if value is None:
+        return None
+    return to_json(value if isinstance(value, dict) else {"message": str(value)})
+
+
+def _as_time(text: Optional[str]) -> Optional[str]:
+    return None if text is None else text.replace(" ", "T", 1)[:26] + ("" if "." in text else ".000000")
+
+
+def _as_host(url: Optional[str]) -> Optional[str]:
+    return callback_host(url) if url else None
+
+
+def callback_host(url: str) -> str:
+    """Return the host and port of a URL, lower case: callbacks to one host wait for each other."""
+    return urllib.parse.urlsplit(url).netloc.rpartition("@")[2].lower()
+
+
+def _create_functions(connection: sqlite3.Connection) -> None:
+    for name, function in (("as_json", _as_json), ("as_error", _as_error), ("as_time", _as_time),
+                           ("as_host", _as_host)):
+        connection.create_function(name, 1, function)
+    connection.create_aggregate("json_pairs", 3, _Pairs)  # type: ignore[arg-type]  # the stub knows numbers only
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Callbacks
+#
+# A finished job with a result_url is due: the row says so from the same transaction that ended it. One thread looks
+# which hosts have something due, and a few threads per host send it, so that a receiver that hangs holds up nobody
+# else. Every attempt is written down before the next; a crash in between sends twice, never not at all.
+# ---------------------------------------------------------------------------------------------------------------------
+
+RETRY_SECONDS = (1, 2, 4, 8, 15, 15, 15, 15, 15, 15, 60, 300, 1800, 7200, 18_000, 36_000)
+CALLBACK_SECONDS = 15.0  # per attempt
+CALLBACK_THREADS = 64
+CALLBACK_THREADS_PER_HOST = 4  # of which a host that is failing gets one
+MAX_CALLBACK_ANSWER_BYTES = 4096  # enough for an error text
+MAX_RETRY_AFTER_SECONDS = 36_000.0
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_HEADER_VALUE = re.compile(r"[\x20-\x7e\xa0-\xff]*")
+_RESERVED_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection"))
+
+
+def callback_header(api_key: Union[str, int, float]) -> Tuple[str, str]:
+    """Return name and value of the header that carries the api_key; raise Conflict if that is no legal header."""
+    name, colon, value = str(api_key).partition(":")
+    name, value = (name.strip(), value.strip()) if colon else ("Authorization", name.strip())
+    if not _HEADER_NAME.fullmatch(name) or name.lower() in _RESERVED_HEADERS or not _HEADER_VALUE.fullmatch(value):
+        raise Conflict("api_key cannot be sent as a header: it has to be a value for Authorization, "
+                       "or a header's name and value with a colon between")
+    return name, value
+
+
+def check_result_url(url: Any) -> None:
+    """Raise Conflict unless ``url`` is one that a callback can be sent to."""
+    if not isinstance(url, str) or not url.lower().startswith(("http://", "https://")):
+        raise Conflict("result_url has to start with http")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_sound = bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_sound = False
+    if not is_sound or not re.fullmatch(r"[\x21-\x7e]+", url) or "\\" in url:
+        raise Conflict("result_url has to name a host, in ASCII and without spaces")
+
+
+class CallbackAnswer(NamedTuple):
+    """What came of one attempt: ``error`` is None if it was accepted; ``is_final`` forbids another attempt."""
+
+    error: Optional[str] = None
+    is_final: bool = False
+    retry_after_seconds: float = 0.0
+
+
+def next_callback_at(attempts: int, answer: CallbackAnswer, now: float) -> Optional[float]:
+    """Return when to try again after the ``attempts``-th attempt (epoch seconds), or None: never."""
+    if answer.error is None or answer.is_final or attempts > len(RETRY_SECONDS):
+        return None
+    delay = RETRY_SECONDS[attempts - 1] * random.uniform(1.0, 1.1)
+    return now + max(delay, min(answer.retry_after_seconds, MAX_RETRY_AFTER_SECONDS))
+
+
+def _retry_after_seconds(text: Optional[str], now: float) -> float:
+    """Return the seconds that a Retry-After header asks for (RFC 9110, section 10.2.3), 0 if it makes no sense."""
+    if text is None:
+        return 0.0
+    if re.fullmatch("[0-9]{1,9}", text.strip()):
+        return float(text)
+    date = email.utils.parsedate_tz(text)
+    return max(0.0, email.utils.mktime_tz(date) - now) if date else 0.0
+
+
+def sign_callback(secret: str, job_id: str, now: float, body: bytes) -> Dict[str, str]:
+    """Return the three headers of Standard Webhooks 1.0 (standardwebhooks.com)."""
+    key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode("utf-8")
+    signed = f"{job_id}.{int(now)}.".encode("utf-8") + body
+    signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode("ascii")
+    return {"webhook-id": job_id, "webhook-timestamp": str(int(now)), "webhook-signature": "v1," + signature}
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects: the api_key must not travel to where somebody else points."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        """Return None: urllib then reports the redirect as an HTTPError."""
+        return None
+
+
+class CallbackSender:
+    """Sends due callbacks until they are accepted or given up. ``notify`` and ``stop`` may be called by any thread."""
+
+    def __init__(self, store: Store, ssl_verify: bool = True, secret: Optional[str] = None) -> None:
+        self._store = store
+        self._secret = secret
+        self._opener = urllib.request.OpenerDirector()
+        context = ssl.create_default_context() if ssl_verify else ssl._create_unverified_context()
+        for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(context=context), _NoRedirects(),
+                        urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
+            self._opener.add_handler(handler)
+        self._condition = threading.Condition()  # guards the four fields below
+        self._due: Dict[str, float] = dict(store.list_callback_hosts())
+        self._sending: Dict[str, Set[int]] = {}
+        self._failing: Set[str] = set()
+        self._is_stopping = False
+        self._pool = ThreadPoolExecutor(CALLBACK_THREADS, "csp-callback")
+        self._thread = threading.Thread(target=self._run, name="csp-callbacks", daemon=True)
+        self._thread.start()
+
+    def notify(self, host: str, at: float) -> None:
+        """Say that a callback to ``host`` is due ``at`` (epoch seconds)."""
+        with self._condition:
+            self._due[host] = min(at, self._due.get(host, at))
+            self._condition.notify()
+
+    def stop(self, timeout_seconds: float) -> None:
+        """Start no more deliveries and wait a moment for those under way; what is not sent is on disk."""
+        with self._condition:
+            self._is_stopping = True
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: not self._sending, timeout_seconds)
+        self._thread.join()
+        self._pool.shutdown(wait=False)
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                now = time.time()
+                waits = {host: at - now for host, at in self._due.items() if self._has_place(host)}
+                ready = [host for host, wait in waits.items() if wait <= 0]
+                if not ready and not self._is_stopping:
+                    self._condition.wait(min(waits.values(), default=60.0))
+                if self._is_stopping:
+                    return
+                for host in ready:
+                    del self._due[host]
+            for host in ready:
+                self._dispatch(host, now)
+
+    def _has_place(self, host: str) -> bool:
+        limit = 1 if host in self._failing else CALLBACK_THREADS_PER_HOST
+        total = sum(map(len, self._sending.values()))
+        return len(self._sending.get(host, ())) < limit and total < CALLBACK_THREADS
+
+    def _dispatch(self, host: str, now: float) -> None:
+        """Hand what is due to ``host`` to the pool, as far as there is place; note when the next is due."""
+        with self._condition:
+            sending = set(self._sending.get(host, ()))  # before reading: what ends meanwhile may still be read as due
+        limit = len(sending) + CALLBACK_THREADS_PER_HOST + 1
+        try:
+            jobs = self._store.list_due_callbacks(host, limit)
+        except Unavailable:
+            self.notify(host, now + 1.0)
+            return
+        for job in jobs:
+            if job.seq in sending:
+                continue
+            with self._condition:
+                has_place = self._has_place(host) and (job.callback_at or 0.0) <= now and not self._is_stopping
+                if has_place:
+                    self._sending.setdefault(host, set()).add(job.seq)
+            if not has_place:
+                self.notify(host, job.callback_at or now)
+                return
+            self._pool.submit(self._deliver, host, job)
+
+    def _deliver(self, host: str, job: Job) -> None:
+        """Try once, write down what came of it, and make place for the next."""
+        answer = CallbackAnswer("the attempt could not be recorded")
+        next_at: Optional[float] = None
+        try:
+            answer = self._send(job)
+            next_at = next_callback_at(job.callback_attempts + 1, answer, time.time())
+            status = "delivered" if answer.error is None else "failed" if next_at is None else "pending"
+            self._store.mark_callback(job, status, answer.error, next_at)
+        except Unavailable:
+            next_at = time.time() + 1.0
+        finally:
+            self._finish(host, job, answer, next_at)
+
+    def _finish(self, host: str, job: Job, answer: CallbackAnswer, next_at: Optional[float]) -> None:
+        if answer.error is not None:
+            log.warning("callback of job %s to %s: %s", job.job_id, host, answer.error)
+        with self._condition:
+            self._sending[host].discard(job.seq)
+            if not self._sending[host]:
+                del self._sending[host]
+            (self._failing.add if answer.error is not None else self._failing.discard)(host)
+            if next_at is not None:
+                self._due[host] = min(next_at, self._due.get(host, next_at))
+            self._condition.notify_all()
+
+    def _send(self, job: Job) -> CallbackAnswer:
+        now = time.time()
+        try:
+            with self._opener.open(self._build_request(job, now), timeout=CALLBACK_SECONDS) as response:
+                response.read(MAX_CALLBACK_ANSWER_BYTES)
+                return CallbackAnswer()
+        except urllib.error.HTTPError as error:
+            with error:
+                return CallbackAnswer(f"answered {error.code}", error.code == 410,
+                                      _retry_after_seconds(error.headers.get("Retry-After"), now))
+        except Unavailable:
+            raise
+        except CspError as error:
+            return CallbackAnswer(error.message, is_final=True)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            return CallbackAnswer(clean(f"{type(reason).__name__}: {reason}"))
+
+    def _build_request(self, job: Job, now: float) -> urllib.request.Request:
+        body = render_job(job, self._store.get_logs(job), job_key=True, callback_error=False)
+        headers = {"Content-Type": "application/json", "User-Agent": f"csp.py/{__version__}"}
+        if job.api_key is not None:
+            headers.update([callback_header(job.api_key)])
+        if self._secret:
+            headers.update(sign_callback(self._secret, job.job_id, now, body))
+        return urllib.request.Request(job.result_url or "", body, headers, method="POST")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runner
+#
+# One thread claims as many queued jobs as there are free places and hands them to the executor; the backlog stays on
+# disk. A job's function runs in the executor's thread (a synchronous one in the thread that asked); its outcome goes
+# to the store, which drops it if the job was ended otherwise meanwhile. What was running when the process died is
+# found at the next start and queued again, or ended as an error if it may not run again. Lock order: the runner's
+# condition is held for dictionary work only, never while the store is asked.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ABANDONED_THREADS = 1000  # functions past their timeout cannot be stopped in a thread: so many may linger
+MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
+PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
+BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time
+STOPPED = "The service stopped while the job was running."
+
+
+def error_document(error: BaseException) -> str:
+    """Return the JSON text of the error object that a job shows for what its function raised."""
+    if isinstance(error, JobError):
+        try:
+            document = error.as_dict()
+            if isinstance(document, dict) and isinstance(document.get("message"), str):
+                return to_json(document)
+        except (TypeError, ValueError, RecursionError, AttributeError):
+            pass
+        return to_json({"message": _safe_text(getattr(error, "message", error))})
+    text = _safe_text(error)
+    lines = traceback.format_exception(type(error), error, error.__traceback__)
+    message = type(error).__name__ + (f": {text}" if text else "")
+    return to_json({"message": message, "traceback": clean("".join(lines))})
+
+
+def _safe_text(value: Any) -> str:
+    """Return ``str(value)``, also where that raises or returns something else."""
+    try:
+        return clean(str(value))
+    except Exception:  # noqa: BLE001 - part of the job run: __str__ is the job author's code
+        return clean(repr(getattr(value, "args", "")))
+
+
+def encode_result(result: Any) -> Union[str, bytes, None]:
+    """Return what is stored for a function's result: JSON text, bytes, or None; raise ValueError if it is neither."""
+    if result is None:
+        return None
+    if isinstance(result, (bytes, bytearray, memoryview)):
+        data: Union[str, bytes] = bytes(result)
+    else:
+        try:
+            data = to_json(result)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"The result of the job is not JSON: {error}") from None
+    if len(data) > MAX_RESULT_BYTES:
+        raise ValueError(f"The result of the job is larger than {MAX_RESULT_BYTES:,} bytes.")
+    return data
+
+
+def call_function(function: Callable[[str, Dict[str, Any]], Any], run: JobRun, input: Dict[str, Any],
+                  streams: bool) -> Union[Outcome, Callable[[], Iterable[Any]]]:
+    """Run the job's function to its outcome, whatever it does; if it ``streams``, a callable result is returned."""
+    token = _current_run.set(run)
+    try:
+        result = function(run.job_id, input)
+        if streams and callable(result):
+            stream: Callable[[], Iterable[Any]] = result
+            return stream
+        try:
+            return Outcome(COMPLETE, data=encode_result(result))
+        except ValueError as error:
+            return failure(str(error))
+    except JobCancelled:
+        return failure(CANCELLED)
+    except BaseException as error:  # noqa: BLE001 - the job run: SystemExit and KeyboardInterrupt of a job are its own
+        return Outcome(ERROR, error=error_document(error), may_retry=not isinstance(error, JobError))
+    finally:
+        _current_run.reset(token)
+
+
+def _encode_part(part: Any) -> bytes:
+    if not isinstance(part, str):
+        raise TypeError(f"a streamed result has to yield str or bytes, not {type(part).__name__}")
+    return part.encode("utf-8")
+
+
+class Runner:
+    """Runs jobs: queued ones in ``executor``, at most ``workers`` at a time, synchronous ones in the caller's thread.
+
+    ``notify_callback`` is called with host and epoch seconds when a callback has become due. Any thread may call the
+    public methods.
+    """
+
+    def __init__(self, store: Store, registry: Registry, workers: int,
+                 notify_callback: Callable[[str, float], None], executor: Optional[Executor] = None) -> None:
+        self._store, self._registry, self._workers = store, registry, workers
+        self._notify_callback = notify_callback
+        self._executor = executor or ThreadPoolExecutor(workers + ABANDONED_THREADS, "csp-job")
+        self._condition = threading.Condition()  # guards what follows
+        self._running: Dict[int, Tuple[JobRun, Job, Optional[float]]] = {}  # by seq; the float: deadline (monotonic)
+        self._queued_running = 0
+        self._to_stop: Set[int] = set()  # told to stop between being claimed and being begun
+        self._unrecorded: List[Tuple[Job, Outcome, JobRun]] = []
+        self._is_woken = True
+        self._is_stopping = False
+        self._recover()
+        self._thread = threading.Thread(target=self._run, name="csp-runner", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Say that there may be a job to run."""
+        with self._condition:
+            self._is_woken = True
+            self._condition.notify()
+
+    def stop(self, grace_seconds: float) -> bool:
+        """Claim no more jobs and wait for the running ones; return whether all have ended and are recorded."""
+        with self._condition:
+            self._is_stopping = True
+            self._condition.notify_all()
+        self._thread.join()
+        deadline = time.monotonic() + grace_seconds
+        with self._condition:
+            self._condition.wait_for(lambda: not self._running, grace_seconds)
+            is_done = not self._running
+        while self._unrecorded and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self._record_again()
+        self._executor.shutdown(wait=False)
+        return is_done and not self._unrecorded
+
+    def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Outcome, Iterator[bytes]]]:
+        """Run a synchronous job in this thread; return its outcome, or a stream that ends the job when it ends.
+
+        ``is_new_id``: this service made the id, so that nobody can have taken it, and the commit of the pending row
+        need not be waited for: it is durable with or before the outcome.
+        """
+        job_type = self._registry.get(job.job_type)
+        assert job_type is not None, "a submission has been checked"
+        added = self._store.add_job(job, lambda: None)
+        if not is_new_id:
+            added.wait()
+        run = self._begin(job, job_type.timeout)
+        try:
+            outcome = self._call(job_type, run, job.input)
+        except BaseException:
+            self._forget(run)
+            raise
+        if callable(outcome):
+            return run, self._stream(job, run, outcome)
+        added.wait()
+        self._finish(job, outcome, run)
+        return run, outcome
+
+    def cancel(self, job: Job) -> None:
+        """Cancel the job: a queued one ends as an error, a running one is told to stop; raise Conflict if finished."""
+        if job.state == QUEUED and self._store.mark_finished(job, failure(CANCELLED), None, self._due(job)):
+            return
+        if self._store.mark_cancelled(job):
+            self.tell_to_stop(job)
+            return
+        current = self._store.get_job(job.job_id)
+        if current is None or current.state != QUEUED:
+            raise Conflict(f"job {job.job_id} has already finished")
+        self.cancel(current)
+
+    def tell_to_stop(self, job: Job) -> None:
+        """Set the flag that the ``check_cancelled`` of the running job looks at."""
+        with self._condition:
+            entry = self._running.get(job.seq)
+            if entry is not None:
+                entry[0].cancelled.set()
+            else:
+                self._to_stop.add(job.seq)
+
+    # -- the loop
+
+    def _run(self) -> None:
+        timeout: Optional[float] = 0.0
+        while True:
+            with self._condition:
+                if not self._is_woken and not self._is_stopping:
+                    self._condition.wait(timeout)
+                if self._is_stopping:
+                    return
+                self._is_woken = False
+                free = self._workers - self._queued_running
+            try:
+                timeout = self._turn(free)
+            except Unavailable:
+                timeout = 1.0
+            except Exception:  # noqa: BLE001 - the worker loop: without it no job would ever run again
+                log.exception("the runner failed; it goes on in a second")
+                timeout = 1.0
+
+    def _turn(self, free: int) -> Optional[float]:
+        """Do what is to be done now; return in how many seconds there may be more, None if only a wake can tell."""
+        waits = [self._end_late_runs(), self._write_progress(), self._record_again()]
+        if free > 0:
+            jobs, next_at = self._store.claim_jobs(free, time.time())
+            for job in jobs:
+                self._start(job)
+            if len(jobs) < free and next_at is not None:
+                waits.append(max(0.0, next_at - time.time()))
+        return min((wait for wait in waits if wait is not None), default=None)
+
+    def _start(self, job: Job) -> None:
+        """Hand a claimed job to the executor."""
+        job_type = self._registry.get(job.job_type)
+        run = self._begin(job, job_type.timeout if job_type else None)
+        if job_type is None:
+            available = ", ".join(self._registry.names())
+            outcome = failure(f"Job type {job.job_type} not available. Available job types are {available}")
+            self._finish(job, outcome, run)
+        elif job.cancelled or run.cancelled.is_set():
+            self._finish(job, failure(CANCELLED), run)
+        else:
+            self._executor.submit(self._work, job, job_type, run)
+
+    def _work(self, job: Job, job_type: JobType, run: JobRun) -> None:
+        outcome = call_function(job_type.function, run, job.input, streams=False)
+        assert isinstance(outcome, Outcome)
+        if outcome.may_retry and job.attempts <= job_type.retries and not run.cancelled.is_set():
+            self._retry(job, outcome, run)
+        else:
+            self._finish(job, outcome, run)
+
+    def _retry(self, job: Job, outcome: Outcome, run: JobRun) -> None:
+        delay = min(BACKOFF_SECONDS[0] * 2 ** min(job.attempts - 1, 20), BACKOFF_SECONDS[1]) * random.uniform(1.0, 1.5)
+        message = json.loads(outcome.error or "{}").get("message")
+        run.add_message("WARNING", f"Attempt {job.attempts} failed ({message}); the next is in {delay:.1f} seconds.")
+        try:
+            self._store.mark_queued(job, time.time() + delay, run, self.wake)
+        except Unavailable:
+            self._finish(job, outcome, run)
+        else:
+            self._forget(run)
+
+    # -- runs
+
+    def _begin(self, job: Job, timeout_seconds: Optional[float]) -> JobRun:
+        run = JobRun(job.job_id, job.seq, job.attempts, self._write_output, self.wake)
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        _runs[job.job_id] = run
+        with self._condition:
+            self._running[job.seq] = (run, job, deadline)
+            self._queued_running += not job.synchronous
+            if job.seq in self._to_stop:
+                self._to_stop.discard(job.seq)
+                run.cancelled.set()
+        return run
+
+    def _forget(self, run: JobRun) -> None:
+        """The run is over: free its place."""
+        run.end()
+        with self._condition:
+            self._to_stop.discard(run.seq)
+            entry = self._running.pop(run.seq, None)
+            if entry is not None:
+                self._queued_running -= not entry[1].synchronous
+            self._is_woken = True
+            self._condition.notify_all()
+
+    def _due(self, job: Job) -> Callable[[], None]:
+        """Return what to call when the job's end is durable."""
+        if job.callback_host is None:
+            return lambda: None
+        return functools.partial(self._notify_callback, job.callback_host, time.time())
+
+    def _finish(self, job: Job, outcome: Outcome, run: JobRun) -> bool:
+        """Record the outcome; if the disk cannot take it now, keep it and try again. Return whether it counted."""
+        run.ended = True
+        try:
+            return self._store.mark_finished(job, outcome, run, self._due(job))
+        except ValueError as error:
+            return self._store.mark_finished(job, failure(str(error)), run, self._due(job))
+        except Unavailable:
+            with self._condition:
+                self._unrecorded.append((job, outcome, run))
+            raise
+        finally:
+            self._forget(run)
+
+    def _record_again(self) -> Optional[float]:
+        """Try to record outcomes that the disk could not take; return when to try the rest."""
+        with self._condition:
+            entries, self._unrecorded = self._unrecorded, []
+        for index, (job, outcome, run) in enumerate(entries):
+            try:
+                self._store.mark_finished(job, outcome, run, self._due(job))
+            except Unavailable:
+                with self._condition:
+                    self._unrecorded += entries[index:]
+                return 1.0
+        return None
+
+    def _end_late_runs(self) -> Optional[float]:
+        """End queued jobs that are past their timeout; their threads go on, unheard. Return when the next may be."""
+        now = time.monotonic()
+        with self._condition:
+            timed = [entry for entry in self._running.values() if entry[2] is not None and not entry[1].synchronous]
+        for run, job, deadline in timed:
+            if deadline is not None and deadline <= now:
+                run.cancelled.set()
+                self._finish(job, self._timeout_outcome(job), run)
+        return min((deadline - now for _, _, deadline in timed if deadline is not None and deadline > now),
+                   default=None)
+
+    def _timeout_outcome(self, job: Job) -> Outcome:
+        job_type = self._registry.get(job.job_type)
+        return failure(f"The job took longer than its timeout of {job_type.timeout if job_type else 0:g} seconds.")
+
+    def _write_progress(self) -> Optional[float]:
+        """Write the progress of runs whose last is long enough ago; return when to look again."""
+        now = time.monotonic()
+        with self._condition:
+            runs = [run for run, _, _ in self._running.values() if run.is_progress_unwritten]
+        waits = []
+        for run in runs:
+            wait = run.progress_written + PROGRESS_SECONDS - now
+            if wait > 0:
+                waits.append(wait)
+            else:
+                self._store.add_run_output(run)
+        return min(waits, default=None)
+
+    def _write_output(self, run: JobRun, must_wait: bool) -> None:
+        """Send a run's log to the store; a job that is far ahead of the disk waits, also while the disk is ill."""
+        while True:
+            try:
+                write = self._store.add_run_output(run)
+                if must_wait:
+                    write.wait()
+                return
+            except Unavailable:
+                if not must_wait or run.ended or self._is_stopping:
+                    return
+                time.sleep(1.0)
+
+    # -- synchronous jobs
+
+    def _call(self, job_type: JobType, run: JobRun, input: Dict[str, Any],
+              ) -> Union[Outcome, Callable[[], Iterable[Any]]]:
+        """Call the function in this thread or, where it has a timeout, in one that can be left behind."""
+        if job_type.timeout is None:
+            return call_function(job_type.function, run, input, streams=True)
+        future = self._executor.submit(call_function, job_type.function, run, input, True)
+        try:
+            return future.result(job_type.timeout)
+        except FutureTimeoutError:
+            run.cancelled.set()
+            return failure(f"The job took longer than its timeout of {job_type.timeout:g} seconds.")
+
+    def _stream(self, job: Job, run: JobRun, function: Callable[[], Iterable[Any]]) -> Iterator[bytes]:
+        """Yield what iterating ``function()`` yields, as bytes; end the job when that ends."""
+        outcome = failure("The client went away before the result was complete.")
+        token = _current_run.set(run)
+        try:
+            for part in function():
+                yield part if isinstance(part, bytes) else _encode_part(part)
+            outcome = Outcome(COMPLETE)
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            outcome = Outcome(ERROR, error=error_document(error))
+            raise StreamBroken from error
+        finally:
+            _current_run.reset(token)
+            self._finish(job, outcome, run)
+
+    # -- after a crash
+
+    def _recover(self) -> None:
+        """Decide on the jobs that were running when the process before this one ended."""
+        for job in self._store.list_running():
+            job_type = self._registry.get(job.job_type)
+            limit = max(MAX_ATTEMPTS, (job_type.retries if job_type else 0) + 1)
+            if job.cancelled:
+                outcome = failure(CANCELLED)
+            elif job.synchronous or (job_type is not None and job_type.at_most_once):
+                outcome = failure(STOPPED + " It is not of a kind that is run again.")
+            elif job.attempts >= limit:
+                outcome = failure(f"{STOPPED} That was attempt {job.attempts} of {limit}, so it is not run again.")
+            else:
+                self._store.mark_queued(job, 0.0, None, lambda: None)
+                continue
+            self._store.mark_finished(job, outcome, None, self._due(job))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Requests and responses
+#
+# Values without sockets. A Request has been parsed strictly (see Transports) before anything here sees it; a Response
+# is a status, header fields and a body, or an iterator of bytes where a result is streamed.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_LISTED = 10_000  # job ids in one answer; the Link header leads on
+SECURITY_HEADERS = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cache-Control", "no-store"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
+)
+SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
+_MEDIA_TYPE = re.compile(r"[!#$&^_.+\-0-9A-Za-z]{1,127}/[!#$&^_.+\-0-9A-Za-z]{1,127}"
+                         r"(?: *; *[!#$&^_.+\-0-9A-Za-z]+=(?:[!#$&^_.+\-0-9A-Za-z]+|\"[^\"\\\x00-\x1f\x7f]*\"))*",
+                         re.ASCII)
+_INERT_TYPE = re.compile(r"(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gif|webp)|audio/[^;]+|video/[^;]+)"
+                         r"(?:;.*|\Z)", re.IGNORECASE)
+_LOCAL_PATH = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
+
+
+class Request:
+    """A request: ``path`` as sent (percent-encoded), ``headers`` by lower-case name, ``remote`` the client's address,
+    ``scheme`` as the client used it (behind a trusted proxy: what the proxy says)."""
+
+    __slots__ = ("method", "path", "query_string", "headers", "body", "remote", "scheme")
+
+    def __init__(self, method: str, target: str, headers: Optional[Mapping[str, str]] = None, body: bytes = b"",
+                 remote: str = "", scheme: str = "http") -> None:
+        self.method = method
+        self.path, _, self.query_string = target.partition("?")
+        self.headers = headers or {}
+        self.body = body
+        self.remote = remote
+        self.scheme = scheme
+
+    @property
+    def query(self) -> List[Tuple[str, str]]:
+        """The query's parameters in order; raises Conflict if there are too many."""
+        try:
+            return urllib.parse.parse_qsl(self.query_string, keep_blank_values=True, max_num_fields=50)
+        except ValueError:
+            raise Conflict("The query has too many parameters.") from None
+
+    def number(self, name: str, default: Optional[int], maximum: int = 2**63 - 1) -> Optional[int]:
+        """Return the query's parameter as a whole number from 0 to ``maximum``; raise Conflict if it is none."""
+        for key, value in self.query:
+            if key == name:
+                if not re.fullmatch("[0-9]{1,19}", value) or int(value) > maximum:
+                    raise Conflict(f"{name} has to be a whole number from 0 to {maximum}")
+                return int(value)
+        return default
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the content type says that the body is JSON (RFC 8259, RFC 6839)."""
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+    @property
+    def form(self) -> Dict[str, str]:
+        """The fields of a URL-encoded form; empty if the body is none."""
+        if not self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded"):
+            return {}
+        try:
+            return dict(urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), max_num_fields=50))
+        except ValueError:
+            return {}
+
+    def cookie(self, name: str) -> Optional[str]:
+        """Return the cookie's value (RFC 6265, section 5.4), None if it was not sent."""
+        for pair in self.headers.get("cookie", "").split(";"):
+            key, _, value = pair.strip().partition("=")
+            if key == name:
+                return value
+        return None
+
+
+class Response:
+    """An answer. ``body`` is bytes, or an iterator of bytes that is sent as it comes and closed in any case."""
+
+    __slots__ = ("status", "body", "content_type", "headers")
+
+    def __init__(self, status: int = 200, body: Union[bytes, Iterator[bytes]] = b"",
+                 content_type: str = "application/json", headers: Iterable[Tuple[str, str]] = ()) -> None:
+        self.status = status
+        self.body = body
+        self.content_type = content_type
+        self.headers = list(headers)
+
+    @classmethod
+    def json(cls, value: Any, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> Response:
+        """Return an answer whose body is ``value`` as JSON."""
+        return cls(status, to_json(value).encode("utf-8"), headers=headers)
+
+    @classmethod
+    def error(cls, error: CspError) -> Response:
+        """Return the answer that a refusal is: ``{"error": sentence}``."""
+        return cls.json({"error": clean(error.message)}, error.status, error.headers)
+
+    @classmethod
+    def redirect(cls, path: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
+        """Return a 302 to a path of this service."""
+        return cls.json({}, 302, [("Location", path), *headers])
+
+    @classmethod
+    def data(cls, job: Job) -> Response:
+        """Return a finished job's raw result, harmless to a browser whatever the job says that it is."""
+        wanted = json.loads(job.metadata or "{}").get("mimetype")
+        body, kind = _raw_result(job.data)
+        if isinstance(wanted, str) and _MEDIA_TYPE.fullmatch(wanted):
+            kind = wanted
+        headers = [("Content-Security-Policy", SANDBOX)]
+        if not _INERT_TYPE.match(kind):
+            headers.append(("Content-Disposition", "attachment"))
+        return cls(200, body, kind, headers)
+
+
+def _raw_result(data: Union[str, bytes, None]) -> Tuple[bytes, str]:
+    """Return the result's bytes, a string as its text, and the media type unless the metadata knows better."""
+    if isinstance(data, bytes):
+        return data, "application/octet-stream"
+    if data is not None and data.startswith('"'):
+        return json.loads(data).encode("utf-8"), "text/plain; charset=utf-8"
+    return (data or "null").encode("utf-8"), "application/json"
+
+
+class Route(NamedTuple):
+    """A row of the route table: ``path`` may hold ``<job_id>`` as a segment; ``summary`` is for documentation."""
+
+    method: str
+    path: str
+    endpoint: Callable[..., Response]
+    summary: str
+
+
+class Router:
+    """Finds the endpoint of a request by dictionary."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        self._methods: Dict[Tuple[str, ...], Dict[str, Callable[..., Response]]] = {}
+        for route in routes:
+            self._methods.setdefault(tuple(route.path.strip("/").split("/")), {})[route.method] = route.endpoint
+
+    def find(self, request: Request) -> Tuple[Callable[..., Response], List[str]]:
+        """Return endpoint and path arguments; raise NotFound, or MethodNotAllowed with ``Allow``."""
+        segments = tuple(request.path.rstrip("/")[1:].split("/"))
+        arguments: List[str] = []
+        methods = self._methods.get(segments)
+        if methods is None and len(segments) > 1:
+            methods = self._methods.get((segments[0], "<job_id>", *segments[2:]))
+            arguments = [_decode_segment(segments[1])]
+        if methods is None:
+            raise NotFound("There is nothing at this address; GET / says where the documentation is.")
+        endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
+        if endpoint is None:
+            raise MethodNotAllowed("This method is not for this address.", [("Allow", allowed_methods(methods))])
+        return endpoint, arguments
+
+
+def allowed_methods(methods: Iterable[str]) -> str:
+    """Return the value of an Allow header (RFC 9110, section 10.2.1)."""
+    return ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+
+
+def _decode_segment(segment: str) -> str:
+    try:
+        return urllib.parse.unquote(segment, errors="strict")
+    except UnicodeDecodeError:
+        raise Conflict("The address is not UTF-8.") from None
+
+
+class ProxyTrust:
+    """Says who a client is, believing the X-Forwarded fields of trusted proxies only."""
+
+    def __init__(self, networks: Iterable[str]) -> None:
+        self._networks = [ipaddress.ip_network(network, strict=False) for network in networks]
+
+    def identify(self, address: str, headers: Mapping[str, str], scheme: str = "http") -> Tuple[str, str]:
+        """Return the client's address and scheme."""
+        if not self._networks or not self._is_trusted(address):
+            return address, scheme
+        forwarded = [part.strip() for part in headers.get("x-forwarded-for", "").split(",") if part.strip()]
+        while forwarded and self._is_trusted(address):
+            address = forwarded.pop()
+        return address[:64], "https" if headers.get("x-forwarded-proto", scheme).strip().lower() == "https" else "http"
+
+    def _is_trusted(self, address: str) -> bool:
+        try:
+            ip = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(ip in network for network in self._networks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Auth
+#
+# Three ways in: the administrator (Basic, or a session begun at /login), the secure key, a job's own key. Secrets are
+# compared in constant time. A session is a random token in a cookie; the database holds only its hash, so that
+# neither a copied database nor a cookie copied before logout opens anything.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # OWASP's minimum that fits OpenSSL's default of 32 MB
+COOKIE = "csp_session"
+SECURE_COOKIE = "__Host-csp_session"  # a browser takes this name only with Secure, from this very host
+SESSION_NOTE_SECONDS = 60.0  # how often the use of a session is written down
+
+
+def hash_password(password: str) -> str:
+    """Return a hash for the setting PASSWORD: ``scrypt$n$r$p$salt$key``, in base64."""
+    salt = secrets.token_bytes(16)
+    key = hashlib.scrypt(password.encode("utf-8"), salt=salt, dklen=32, **SCRYPT)
+    fields = [base64.b64encode(part).decode("ascii") for part in (salt, key)]
+    return "$".join(["scrypt", *(str(SCRYPT[name]) for name in "nrp"), *fields])
+
+
+def _matches_hash(password: bytes, hashed: str) -> bool:
+    """Return whether ``password`` gives the hash; raise ValueError if that is not a hash of ours."""
+    _, n, r, p, salt, key = hashed.split("$")
+    wanted = base64.b64decode(key, validate=True)
+    given = hashlib.scrypt(password, salt=base64.b64decode(salt, validate=True), n=int(n), r=int(r), p=int(p),
+                           dklen=len(wanted))
+    return hmac.compare_digest(given, wanted)
+
+
+def _is_same(given: str, wanted: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
+
+
+class Authenticator:
+    """Decides who a request comes from. Without a ``password`` one is made; ``generated_password`` then holds it."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._username: str = settings["USERNAME"]
+        self.generated_password = None if settings["PASSWORD"] else secrets.token_urlsafe(12)
+        self._password: str = self.generated_password or settings["PASSWORD"]
+        self._secret_key: Optional[str] = settings["SECRET_KEY"]
+        self._idle_seconds: float = settings["SESSION_IDLE_SECONDS"]
+        self._session_seconds: float = settings["SESSION_SECONDS"]
+        self._memory_key = secrets.token_bytes(32)
+        self._verified: Set[bytes] = set()  # digests of passwords that a slow hash has already approved
+        if self._password.startswith("scrypt$"):
+            try:
+                _matches_hash(b"", self._password)
+            except (ValueError, binascii.Error):
+                raise StartError("The setting PASSWORD looks like a hash but is none; "
+                                 "make one with --hash-password.") from None
+
+    def is_login(self, username: str, password: str) -> bool:
+        """Return whether these are the administrator's name and password, in the same time for any wrong ones."""
+        is_password = self._is_password(password.encode("utf-8", "replace"))
+        return _is_same(username, self._username) and is_password
+
+    def _is_password(self, password: bytes) -> bool:
+        if not self._password.startswith("scrypt$"):
+            return hmac.compare_digest(password, self._password.encode("utf-8"))
+        digest = hmac.new(self._memory_key, password, hashlib.sha256).digest()
+        if digest not in self._verified and _matches_hash(password, self._password):
+            self._verified.add(digest)
+        return digest in self._verified
+
+    def is_admin(self, request: Request) -> bool:
+        """Return whether the request has the administrator's Basic credentials or a live session."""
+        credentials = basic_credentials(request)
+        if credentials is not None:
+            return self.is_login(*credentials)
+        return self._session_hash(request) is not None
+
+    def has_secure_key(self, request: Request) -> bool:
+        """Return whether the Authorization header is the secure key."""
+        given = request.headers.get("authorization")
+        return bool(given and self._secret_key) and _is_same(given or "", self._secret_key or "")
+
+    def may_administer(self, request: Request) -> bool:
+        """Return whether the request may do everything: administrator or secure key."""
+        return self.has_secure_key(request) or self.is_admin(request)
+
+    def may_see(self, request: Request, job: Job) -> bool:
+        """Return whether the request may see and administer the job: its key, or as above."""
+        given = request.headers.get("authorization")
+        return bool(given and job.job_key and _is_same(given, job.job_key)) or self.may_administer(request)
+
+    # -- sessions
+
+    def begin_session(self, request: Request) -> Tuple[str, str]:
+        """Store a new session and return the Set-Cookie field for it."""
+        token, now = secrets.token_urlsafe(32), time.time()
+        self._store.add_session(_token_hash(token), now, now - self._idle_seconds, now - self._session_seconds)
+        return _set_cookie(request, token)
+
+    def end_session(self, request: Request) -> List[Tuple[str, str]]:
+        """End the request's session, if any, and return the fields that remove its cookie."""
+        for name in (COOKIE, SECURE_COOKIE):
+            token = request.cookie(name)
+            if token:
+                self._store.delete_session(_token_hash(token))
+        return [_set_cookie(request, "")]
+
+    def _session_hash(self, request: Request) -> Optional[str]:
+        """Return the hash of the request's session token if that session is alive."""
+        token = request.cookie(SECURE_COOKIE if request.scheme == "https" else COOKIE)
+        session = self._store.get_session(_token_hash(token)) if token else None
+        if not token or session is None:
+            return None
+        created_at, used_at = session
+        now = time.time()
+        if now - used_at > self._idle_seconds or now - created_at > self._session_seconds:
+            return None
+        if now - used_at > min(SESSION_NOTE_SECONDS, self._idle_seconds / 2):
+            self._store.mark_session_used(_token_hash(token), now)
+        return _token_hash(token)
+
+
+def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
+    """Return name and password of a Basic Authorization header (RFC 7617), None if there is none."""
+    scheme, _, encoded = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        username, colon, password = base64.b64decode(encoded.strip(), validate=True).decode("utf-8").partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        return None
+    return (username, password) if colon else None
+
+
+def _token_hash(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
+
+
+def _set_cookie(request: Request, token: str) -> Tuple[str, str]:
+    is_secure = request.scheme == "https"
+    name, secure = (SECURE_COOKIE, "; Secure") if is_secure else (COOKIE, "")
+    end = "" if token else "; Max-Age=0"
+    return "Set-Cookie", f"{name}={token}; Path=/; HttpOnly; SameSite=Lax{secure}{end}"
+
+
+def local_path(path: Optional[str], default: str = "/user") -> str:
+    """Return ``path`` if it is a path of this service and can be nothing else to a browser, else ``default``."""
+    return path if path and _LOCAL_PATH.fullmatch(path) else default
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Service
+#
+# Holds the parts and answers requests. An endpoint takes the request (and a path's job id) and returns a Response or
+# raises a CspError; ``handle`` is the only place that catches.
+# ---------------------------------------------------------------------------------------------------------------------
+
+API_VERSION = 0.1  # of the documented interface; not this program's version
+HELP = "https://pypi.org/project/ckanserviceprovider/ documents the interface; README.md of csp.py what is added to it."
+FIRST_ATTEMPT_SECONDS = 2.0  # how long a synchronous submit waits for the first attempt at its callback
+CLEAR_SECONDS = 86_400.0
+SUBMIT_KEYS = frozenset(("job_type", "api_key", "data", "result_url", "metadata"))
+_BAD_ID = re.compile(r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+class Submission(NamedTuple):
+    """A submitted body, checked; ``data`` and ``metadata`` are JSON texts, None where not given."""
+
+    job_type: JobType
+    api_key: Union[str, int, float]
+    data: Optional[str]
+    metadata: Optional[str]
+    result_url: Optional[str]
+
+
+def read_body(request: Request) -> Dict[str, Any]:
+    """Return the JSON object that the body is; raise Conflict if it is none."""
+    value: Any = None
+    if request.is_json and request.body:
+        try:
+            value = from_json(request.body)
+        except (json.JSONDecodeError, UnicodeError):
+            raise Conflict("Malformed json") from None
+        except ValueError as error:
+            raise Conflict(f"Malformed json: {error}") from None
+    if not isinstance(value, dict):
+        raise Conflict("Not recognised as json, make sure content type is application/json")
+    return value
+
+
+def check_submission(body: Dict[str, Any], registry: Registry) -> Submission:
+    """Return the checked submission; raise Conflict with the sentence of the first thing that is wrong."""
+    extra = sorted(set(body) - SUBMIT_KEYS)
+    if extra:
+        raise Conflict(f"Too many arguments. Extra keys are {', '.join(extra)}")
+    result_url = body.get("result_url") or None
+    if result_url is not None:
+        check_result_url(result_url)
+    job_type = _check_job_type(body.get("job_type"), registry)
+    api_key = _check_api_key(body.get("api_key"))
+    metadata = body.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise Conflict("metadata has to be a json object")
+    return Submission(job_type, api_key, _json_text(body, "data"),
+                      None if metadata is None else _json_text(body, "metadata"), result_url)
+
+
+def _check_job_type(name: Any, registry: Registry) -> JobType:
+    if name is None or name == "":
+        raise Conflict("Please specify a job type")
+    job_type = registry.get(name)
+    if job_type is None:
+        raise Conflict(f"Job type {clean(str(name))[:200]} not available. Available job types are "
+                       f"{', '.join(registry.names())}")
+    return job_type
+
+
+def _check_api_key(api_key: Any) -> Union[str, int, float]:
+    if api_key is None or api_key is False or api_key == "":
+        raise Conflict("Please provide your API key.")
+    if isinstance(api_key, bool) or not isinstance(api_key, (str, int, float)):
+        raise Conflict("api_key has to be a string or a number")
+    if not isinstance(api_key, str) and not abs(api_key) < 2**63:
+        raise Conflict("api_key has to be a string or a number of at most 64 bits")
+    callback_header(api_key)
+    return api_key
+
+
+def _json_text(body: Dict[str, Any], key: str) -> Optional[str]:
+    try:
+        return to_json(body[key]) if key in body else None
+    except (ValueError, RecursionError):
+        raise Conflict(f"Malformed json: {key} holds a number that is not finite") from None
+
+
+def check_job_id(job_id: str) -> None:
+    """Raise Conflict if a client may not choose this id."""
+    if not job_id or len(job_id) > 255 or _BAD_ID.search(job_id) or job_id in (".", ".."):
+        raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
+
+
+class Service:
+    """The job service, without sockets: opens the database and begins to run jobs; ``close`` ends it.
+
+    Any thread may call ``handle``. Raises StartError if the database cannot be used.
+    """
+
+    def __init__(self, settings: Optional[Settings] = None, registry: Registry = registry) -> None:
+        self.settings = settings if settings is not None else Settings()
+        self.registry = registry
+        self.database = database_path(self.settings["SQLALCHEMY_DATABASE_URI"])
+        self.store = Store(self.database)
+        self.auth = Authenticator(self.store, self.settings)
+        self.callbacks = CallbackSender(self.store, self.settings["SSL_VERIFY"], self.settings["CALLBACK_SECRET"])
+        self.runner = Runner(self.store, registry, self.settings["WORKERS"], self.callbacks.notify)
+        self._router = Router(ROUTES)
+        self._closing = threading.Event()
+        if self.settings["AUTO_CLEAR"]:
+            threading.Thread(target=self._clear_daily, name="csp-clear", daemon=True).start()
+
+    def close(self, grace_seconds: Optional[float] = None) -> bool:
+        """Stop: running jobs get the grace period, the rest stays on disk. Return whether every job had ended."""
+        self._closing.set()
+        is_done = self.runner.stop(self.settings["GRACE_SECONDS"] if grace_seconds is None else grace_seconds)
+        self.callbacks.stop(1.0)
+        self.store.close()
+        return is_done
+
+    def handle(self, request: Request) -> Response:
+        """Answer a request; never raises."""
+        try:
+            if request.method == "OPTIONS":
+                return self._answer_options(request)
+            endpoint, arguments = self._router.find(request)
+            return endpoint(self, request, *arguments)
+        except CspError as error:
+            return Response.error(error)
+        except Exception:  # noqa: BLE001 - a defect of ours must not end the connection without an answer
+            incident = secrets.token_hex(4)
+            log.exception("incident %s at %s %s", incident, request.method, clean(request.path))
+            return Response.error(CspError(f"Something went wrong; the service's log has it as incident {incident}."))
+
+    def _answer_options(self, request: Request) -> Response:
+        try:
+            self._router.find(request)
+        except MethodNotAllowed as error:
+            return Response(204, headers=error.headers)
+        return Response(204, headers=[("Allow", "GET, HEAD, OPTIONS")])
+
+    def _clear_daily(self) -> None:
+        while True:
+            try:
+                deleted = self._clear(self.settings["KEEP_JOBS_AGE"])
+                log.info("cleared %d old jobs", deleted)
+            except Unavailable as error:
+                log.warning("old jobs are not cleared: %s", error.message)
+            if self._closing.wait(CLEAR_SECONDS):
+                return
+
+    def _clear(self, days: int) -> int:
+        return self.store.delete_finished_jobs(timestamp(time.time() - days * 86_400))
+
+    # -- the service itself
+
+    def show_help(self, request: Request) -> Response:
+        """Say where the documentation is."""
+        return Response.json({"help": HELP})
+
+    def show_status(self, request: Request) -> Response:
+        """Show version, job types, name and how many jobs there are."""
+        return Response.json({"version": API_VERSION, "job_types": self.registry.names(),
+                              "name": self.settings["NAME"], "stats": self.store.count_jobs()})
+
+    # -- login
+
+    def log_in(self, request: Request) -> Response:
+        """Begin a session, by Basic auth or by form fields."""
+        form = request.form
+        credentials = basic_credentials(request) or (form.get("username", ""), form.get("password", ""))
+        if not self.auth.is_login(*credentials):
+            raise Unauthorized("Could not verify your login; user name or password is wrong.",
+                               [("WWW-Authenticate", 'Basic realm="Login Required"')])
+        return Response.redirect(self._next_path(request), [self.auth.begin_session(request)])
+
+    def log_out(self, request: Request) -> Response:
+        """End the session."""
+        return Response.redirect(self._next_path(request), self.auth.end_session(request))
+
+    def _next_path(self, request: Request) -> str:
+        return local_path(request.form.get("next") or dict(request.query).get("next"))
+
+    def show_user(self, request: Request) -> Response:
+        """Show who is logged in."""
+        is_admin = self.auth.is_admin(request)
+        return Response.json({"id": 0 if is_admin else None, "name": "Admin" if is_admin else "Anonymous",
+                              "is_active": is_admin, "is_anonymous": not is_admin})
+
+    # -- jobs
+
+    def list_jobs(self, request: Request) -> Response:
+        """List job ids, newest first, filtered by status and metadata."""
+        if not self.settings["PUBLIC_JOB_LIST"] and not self.auth.may_administer(request):
+            raise Forbidden
+        limit = min(request.number("_limit", 100) or 0, MAX_LISTED)
+        filters = [(key, value) for key, value in request.query
+                   if key not in ("_limit", "_offset", "_status", "_before")]
+        jobs = self.store.list_jobs(limit, request.number("_offset", 0) or 0, dict(request.query).get("_status"),
+                                    filters, request.number("_before", None))
+        headers = []
+        if jobs and len(jobs) == limit:
+            query = [pair for pair in request.query if pair[0] not in ("_offset", "_before")]
+            following = urllib.parse.urlencode([*query, ("_before", jobs[-1][0])])
+            headers.append(("Link", f'</job?{following}>; rel="next"'))
+        return Response.json({"list": ["/job/" + urllib.parse.quote(job_id, safe="") for _, job_id in jobs]},
+                             headers=headers)
+
+    def submit(self, request: Request, job_id: Optional[str] = None) -> Response:
+        """Submit a job: a synchronous one is answered when it has ended, others when they are stored."""
+        submission = check_submission(read_body(request), self.registry)
+        if job_id is not None:
+            check_job_id(job_id)
+        return self._submit(submission, job_id)
+
+    def _submit(self, submission: Submission, job_id: Optional[str] = None, origin: Optional[str] = None) -> Response:
+        limit = self.settings["MAX_PENDING"]
+        if limit is not None and self.store.count_jobs()[PENDING] >= limit:
+            raise Unavailable(f"There are {limit:,} unfinished jobs already; try again later.", 30)
+        job = self._new_job(submission, job_id or str(uuid.uuid4()), origin)
+        if job.synchronous:
+            return self._run_now(job, is_new_id=job_id is None)
+        self.store.add_job(job, self.runner.wake).wait()
+        return Response(200, render_job(job, (), job_key=True))
+
+    def _new_job(self, submission: Submission, job_id: str, origin: Optional[str]) -> Job:
+        now = time.time()
+        is_synchronous = submission.job_type.synchronous
+        return Job(
+            seq=self.store.take_seq(), job_id=job_id, job_type=submission.job_type.name, status=PENDING,
+            sent_data=submission.data, data=None, error=None, metadata=submission.metadata,
+            result_url=submission.result_url, api_key=submission.api_key, job_key=secrets.token_hex(16),
+            requested_timestamp=timestamp(now), started_timestamp=timestamp(now) if is_synchronous else None,
+            finished_timestamp=None, run_at=None if is_synchronous else now, attempts=int(is_synchronous),
+            synchronous=int(is_synchronous), cancelled=0, progress=None, callback_status=None, callback_attempts=0,
+            callback_error=None, callback_at=None, resubmitted_from=origin,
+            callback_host=callback_host(submission.result_url) if submission.result_url else None)
+
+    def _run_now(self, job: Job, is_new_id: bool) -> Response:
+        """Run a synchronous job and answer with it, or with the stream that it returned."""
+        run, outcome = self.runner.run_now(job, is_new_id)
+        if not isinstance(outcome, Outcome):
+            try:
+                first = next(outcome, b"")
+            except StreamBroken:
+                pass
+            else:
+                return Response(200, _Prepended(first, outcome))
+        if job.result_url is not None:
+            self.store.wait_for_job(job.job_id, lambda job: bool(job.callback_attempts), FIRST_ATTEMPT_SECONDS)
+        stored = self.store.get_job(job.job_id)
+        if stored is None:
+            raise NotFound("job_id not found")
+        logs = self.store.get_logs(stored) if run.line_count else ()
+        return Response(200, render_job(stored, logs, job_key=True))
+
+    def _find_job(self, request: Request, job_id: str) -> Job:
+        """Return the job; raise NotFound, or Forbidden if the request may not see it."""
+        job = self.store.get_job(job_id) if not _BAD_ID.search(job_id) else None
+        if job is None:
+            raise NotFound("job_id not found")
+        if not self.auth.may_see(request, job):
+            raise Forbidden
+        return job
+
+    def show_job(self, request: Request, job_id: str) -> Response:
+        """Show a job and its log."""
+        job = self._find_job(request, job_id)
+        return Response(200, render_job(job, self.store.get_logs(job, request.number("limit", None))))
+
+    def show_data(self, request: Request, job_id: str) -> Response:
+        """Show the raw result of a job."""
+        job = self._find_job(request, job_id)
+        if job.status == ERROR:
+            return Response(409, f'{{"error": {job.error or "null"}}}'.encode("utf-8"))
+        if job.status != COMPLETE:
+            raise Conflict(f"job {job_id} has not finished yet")
+        return Response.data(job)
+
+    def delete_job(self, request: Request, job_id: str) -> Response:
+        """Delete a job with its log and metadata; if it runs, tell it to stop and drop its result."""
+        job = self._find_job(request, job_id)
+        if not self.store.delete_job(job):
+            raise NotFound("job_id not found")
+        self.runner.tell_to_stop(job)
+        return Response.json({"success": True})
+
+    def clear_jobs(self, request: Request) -> Response:
+        """Delete the jobs that finished more than ``days`` days ago."""
+        if not self.auth.may_administer(request):
+            raise Forbidden
+        days = request.number("days", self.settings["KEEP_JOBS_AGE"], maximum=36_500) or 0
+        return Response.json({"success": True, "deleted": self._clear(days)})
+
+    def cancel_job(self, request: Request, job_id: str) -> Response:
+        """Cancel a job: a queued one never runs, a running one is told to stop."""
+        job = self._find_job(request, job_id)
+        self.runner.cancel(job)
+        return self.show_job(request, job_id)
+
+    def resubmit_job(self, request: Request, job_id: str) -> Response:
+        """Submit a new job like this one; the body brings the api_key, because the old one is erased."""
+        job = self._find_job(request, job_id)
+        body = read_body(request) if request.body else {}
+        if set(body) - {"api_key"}:
+            raise Conflict("Too many arguments. The body may hold an api_key and nothing else")
+        again = {**job.input, "api_key": body.get("api_key", job.api_key)}
+        return self._submit(check_submission(again, self.registry), origin=job.job_id)
+
+    def send_callback(self, request: Request, job_id: str) -> Response:
+        """Send a finished job's callback again; the body may bring the api_key, if the old one is erased."""
+        job = self._find_job(request, job_id)
+        body = read_body(request) if request.body else {}
+        if set(body) - {"api_key"}:
+            raise Conflict("Too many arguments. The body may hold an api_key and nothing else")
+        if job.result_url is None or job.callback_host is None or job.status == PENDING:
+            raise Conflict(f"job {job_id} has no callback to send: it has not finished or has no result_url")
+        api_key = _check_api_key(body["api_key"]) if "api_key" in body else None
+        then = functools.partial(self.callbacks.notify, job.callback_host, time.time())
+        self.store.mark_callback_due(job, api_key, then)
+        return self.show_job(request, job_id)
+
+
+class _Prepended:
+    """An iterator that gives ``first`` before the rest, and passes ``close`` on."""
+
+    def __init__(self, first: bytes, rest: Iterator[bytes]) -> None:
+        self._chain = itertools.chain([first], rest)
+        self.close = getattr(rest, "close", lambda: None)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        return next(self._chain)
+
+
+ROUTES = (
+    Route("GET", "/", Service.show_help, "where the documentation is"),
+    Route("GET", "/status", Service.show_status, "version, job types, name, numbers of jobs"),
+    Route("GET", "/login", Service.log_in, "begin a session with Basic auth"),
+    Route("POST", "/login", Service.log_in, "begin a session with Basic auth or a form"),
+    Route("GET", "/logout", Service.log_out, "end the session"),
+    Route("GET", "/user", Service.show_user, "who is logged in"),
+    Route("GET", "/job", Service.list_jobs, "list job ids"),
+    Route("POST", "/job", Service.submit, "submit a job"),
+    Route("DELETE", "/job", Service.clear_jobs, "clear old jobs"),
+    Route("GET", "/job/<job_id>", Service.show_job, "show a job"),
+    Route("POST", "/job/<job_id>", Service.submit, "submit a job under an id of your own"),
+    Route("DELETE", "/job/<job_id>", Service.delete_job, "delete a job"),
+    Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job"),
+    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job"),
+    Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "submit a job again"),
+    Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again"),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transports
+#
+# Bytes in, bytes out. The standard library's handler is trusting and slow (a body it does not read becomes the next
+# request, no limits, two packets per answer); this one parses strictly by RFC 9112 and closes the connection on
+# anything ambiguous, so that no byte is ever taken for a next request. One receive and one send per request.
+# ---------------------------------------------------------------------------------------------------------------------
+
+MAX_REQUEST_LINE_BYTES = 8192  # RFC 9112, section 3, asks for at least 8,000
+MAX_HEAD_BYTES = 65_536
+MAX_HEADER_FIELDS = 100
+MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size and extensions
+BODY_BYTES_PER_SECOND = 16_384  # the slowest sender that is waited for
+SEND_SECONDS = 60  # how long a client may stop reading its answer
+LINGER_SECONDS = 1.0  # after a refusal: read on for so long, or the client's system may drop the answer unread
+BACKLOG = 1024  # connections that a burst may open before the first is accepted
+SPARE_THREAD_SECONDS = 10.0  # how long a connection thread waits for another connection
+RECEIVE_BYTES = 65_536
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+_HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
+_ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect"))
+_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+_FIXED_HEADERS = "".join(f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS[:3]).encode("ascii")
+
+
+_FULL_HOUSE = (b"HTTP/1.1 503 Service Unavailable\r\nServer: csp\r\nContent-Type: application/json\r\n"
+               b"Retry-After: 5\r\nConnection: close\r\n\r\n"
+               b'{"error": "There are too many connections; try again later."}')
+
+
+class Head(NamedTuple):
+    """The parsed head of a request."""
+
+    method: str
+    target: str
+    headers: Dict[str, str]
+    is_http_1_0: bool
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client leaves the connection open (RFC 9112, section 9.3)."""
+        options = {option.strip().lower() for option in self.headers.get("connection", "").split(",")}
+        return "keep-alive" in options if self.is_http_1_0 else "close" not in options
+
+
+def parse_head(head: bytes) -> Head:
+    """Parse request line and fields; raise the CspError of what RFC 9112 and RFC 9110 do not allow."""
+    lines = head.split(b"\r\n")
+    if len(lines[0]) > MAX_REQUEST_LINE_BYTES:
+        raise UriTooLong(f"The request line is longer than {MAX_REQUEST_LINE_BYTES} bytes.")
+    line = _REQUEST_LINE.fullmatch(lines[0])
+    if line is None:
+        raise BadRequest("The request line is not one of HTTP/1.1.")
+    if line[3] != b"1":
+        raise VersionNotSupported("Only HTTP/1.0 and HTTP/1.1 are spoken here.")
+    if len(lines) - 1 > MAX_HEADER_FIELDS:
+        raise HeadersTooLarge(f"There are more than {MAX_HEADER_FIELDS} header fields.")
+    headers = _parse_fields(lines[1:])
+    is_http_1_0 = line[4] == b"0"
+    if not _HOST.fullmatch(headers.get("host", "" if is_http_1_0 else "\n")):
+        raise BadRequest("There has to be one valid Host field.")
+    method = line[1].decode("ascii")
+    return Head(method, _local_target(line[2].decode("ascii"), method), headers, is_http_1_0)
+
+
+def _parse_fields(lines: Iterable[bytes]) -> Dict[str, str]:
+    headers: Dict[str, str] = {}
+    for line in lines:
+        field = _FIELD.fullmatch(line)
+        if field is None:
+            raise BadRequest("A header field is malformed.")
+        name, value = field[1].decode("ascii").lower(), field[2].decode("latin-1").strip(" \t")
+        if name in headers:
+            if name in _SINGLE_FIELDS:
+                raise BadRequest(f"The field {name} is there twice.")
+            value = f"{headers[name]}{';' if name == 'cookie' else ','} {value}"
+        headers[name] = value
+    return headers
+
+
+def _local_target(target: str, method: str) -> str:
+    """Return the path and query of a request target (RFC 9112, section 3.2)."""
+    if target == "*" and method == "OPTIONS":
+        return "/"
+    if not target.startswith("/"):
+        origin = _ABSOLUTE.match(target)
+        if origin is None:
+            raise BadRequest("The request target is neither a path nor an http address.")
+        target = target[origin.end():]
+        target = target if target.startswith("/") else "/" + target
+    if "#" in target:
+        raise BadRequest("A request target has no fragment.")
+    return target
+
+
+def body_length(head: Head, maximum: int) -> Optional[int]:
+    """Return the body's length in bytes, None if it comes in chunks; raise the CspError of what is not allowed."""
+    length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
+    if coding is not None:
+        if length is not None or head.is_http_1_0 or coding.lower() != "chunked":
+            raise BadRequest("The only transfer coding is chunked, in HTTP/1.1, without a Content-Length.")
+        return None
+    if length is None:
+        return 0
+    if not re.fullmatch("[0-9]+", length):
+        raise BadRequest("The Content-Length is not a number.")
+    if len(length) > 18 or int(length) > maximum:
+        raise PayloadTooLarge(f"The body is larger than {maximum:,} bytes.")
+    return int(length)
+
+
+class _Disconnected(Exception):
+    """The client has gone or has been quiet for too long; there is nobody to answer."""
+
+
+def _set_socket_timeout(connection: socket.socket, option: int, seconds: float) -> None:
+    """Bound a blocking receive or send in the kernel: cheaper than settimeout, which polls before each call."""
+    if sys.platform == "win32":
+        connection.setsockopt(socket.SOL_SOCKET, option, int(seconds * 1000))
+    else:
+        connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+
+
+class RequestHandler(socketserver.BaseRequestHandler):
+    """One connection: reads requests, has them answered, until one of the sides closes."""
+
+    server: Server
+
+    def setup(self) -> None:
+        """Prepare the socket."""
+        settings = self.server.service.settings
+        self.connection: socket.socket = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _set_socket_timeout(self.connection, socket.SO_RCVTIMEO, 1.0)
+        _set_socket_timeout(self.connection, socket.SO_SNDTIMEO, SEND_SECONDS)
+        self._head_seconds: float = settings["HEADER_SECONDS"]
+        self._body_seconds: float = settings["BODY_SECONDS"]
+        self._idle_seconds: float = settings["IDLE_SECONDS"]
+        self._max_body_bytes: int = settings["MAX_BODY_BYTES"]
+        self._buffer = bytearray()
+        self._head: Optional[Head] = None
+        self.is_idle = True
+
+    def handle(self) -> None:
+        """Serve the connection."""
+        try:
+            while self._serve_request():
+                pass
+        except (_Disconnected, OSError):
+            pass
+
+    def _serve_request(self) -> bool:
+        """Read and answer one request; return whether another may follow."""
+        self._head = None
+        started = 0.0
+        try:
+            raw = self._read_head()
+            started = time.monotonic()
+            self._head = head = parse_head(raw)
+            body = self._read_body(head)
+        except CspError as error:
+            self._send(Response.error(error), keeps_alive=False)
+            self._log_access(error.status, 0, started)
+            self._linger()
+            return False
+        address, scheme = self.server.trust.identify(self.client_address[0], head.headers)
+        request = Request(head.method, head.target, head.headers, body, address, scheme)
+        response = self.server.service.handle(request)
+        keeps_alive = head.keeps_alive and not self.server.is_stopping
+        sent, keeps_alive = self._send(response, keeps_alive)
+        self._log_access(response.status, sent, started, address)
+        return keeps_alive
+
+    # -- receiving
+
+    def _receive(self, deadline: float) -> None:
+        """Add what comes to the buffer; raise RequestTimeout after ``deadline`` (monotonic)."""
+        while True:
+            try:
+                data = self.connection.recv(RECEIVE_BYTES)
+            except (BlockingIOError, socket.timeout):
+                data = None
+            if data == b"":
+                raise _Disconnected
+            if time.monotonic() > deadline or (self.server.is_stopping and self.is_idle and not data):
+                raise RequestTimeout("The request took too long to arrive.")
+            if data:
+                self._buffer += data
+                return
+
+    def _read_head(self) -> bytes:
+        """Return the bytes up to the empty line, without it."""
+        self.is_idle = not self._buffer
+        deadline = time.monotonic() + (self._idle_seconds if self.is_idle else self._head_seconds)
+        while True:
+            while self._buffer.startswith(b"\r\n"):  # RFC 9112, section 2.2: ignore empty lines before a request
+                del self._buffer[:2]
+            end = self._buffer.find(b"\r\n\r\n")
+            if 0 <= end <= MAX_HEAD_BYTES:
+                head = bytes(self._buffer[:end])
+                del self._buffer[:end + 4]
+                self.is_idle = False
+                return head
+            self._check_partial_head()
+            try:
+                self._receive(deadline)
+            except RequestTimeout:
+                if self.is_idle:
+                    raise _Disconnected from None
+                raise
+            if self.is_idle:
+                self.is_idle = False
+                deadline = time.monotonic() + self._head_seconds
+
+    def _check_partial_head(self) -> None:
+        """Raise for a head that can no longer become a good one, so that its sender need not wait for the time."""
+        line = self._buffer.find(b"\n")
+        if line < 0 and len(self._buffer) > MAX_REQUEST_LINE_BYTES:
+            raise UriTooLong(f"The request line is longer than {MAX_REQUEST_LINE_BYTES} bytes.")
+        if line == 0 or (line > 0 and self._buffer[line - 1] != 13) or b"\n\n" in self._buffer:
+            raise BadRequest("Lines have to end with CR and LF.")
+        if len(self._buffer) > MAX_HEAD_BYTES:
+            raise HeadersTooLarge(f"The header is larger than {MAX_HEAD_BYTES} bytes.")
+
+    def _read_body(self, head: Head) -> bytes:
+        length = body_length(head, self._max_body_bytes)
+        expectation = head.headers.get("expect", "").lower()
+        if expectation and expectation != "100-continue":
+            raise ExpectationFailed("The only expectation that is met is 100-continue.")
+        if expectation and not head.is_http_1_0 and length != 0 and not self._buffer:
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._read_chunks() if length is None else self._read_bytes(length)
+
+    def _body_deadline(self, length: int) -> float:
+        return time.monotonic() + self._body_seconds + length / BODY_BYTES_PER_SECOND
+
+    def _read_bytes(self, length: int) -> bytes:
+        deadline = self._body_deadline(length) if len(self._buffer) < length else 0.0
+        while len(self._buffer) < length:
+            self._receive(deadline)
+        if len(self._buffer) == length:
+            body, self._buffer = self._buffer, bytearray()
+            return bytes(body)
+        data = bytes(memoryview(self._buffer)[:length])
+        del self._buffer[:length]
+        return data
+
+    def _read_chunks(self) -> bytes:
+        """Decode a chunked body (RFC 9112, section 7.1); trailers are checked and dropped."""
+        body = bytearray()
+        started = time.monotonic() + self._body_seconds
+        while True:
+            deadline = started + len(body) / BODY_BYTES_PER_SECOND
+            size = _CHUNK_SIZE.fullmatch(self._read_line(deadline))
+            if size is None:
+                raise BadRequest("A chunk's size is malformed.")
+            length = int(size[1], 16)
+            if len(body) + length > self._max_body_bytes:
+                raise PayloadTooLarge(f"The body is larger than {self._max_body_bytes:,} bytes.")
+            if length == 0:
+                self._read_trailers(deadline)
+                return bytes(body)
+            while len(self._buffer) < length + 2:
+                self._receive(deadline + length / BODY_BYTES_PER_SECOND)
+            if self._buffer[length:length + 2] != b"\r\n":
+                raise BadRequest("A chunk does not end where it says.")
+            body += memoryview(self._buffer)[:length]
+            del self._buffer[:length + 2]
+
+    def _read_line(self, deadline: float) -> bytes:
+        while True:
+            end = self._buffer.find(b"\r\n", 0, MAX_CHUNK_LINE_BYTES)
+            if end >= 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[:end + 2]
+                return line
+            if len(self._buffer) >= MAX_CHUNK_LINE_BYTES:
+                raise BadRequest("A line of a chunked body is too long.")
+            self._receive(deadline)
+
+    def _read_trailers(self, deadline: float) -> None:
+        for _ in range(MAX_HEADER_FIELDS):
+            line = self._read_line(deadline)
+            if not line:
+                return
+            _parse_fields([line])
+        raise BadRequest("There are too many trailers.")
+
+    # -- sending
+
+    def _send(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
+        """Send the answer, in one piece if it is not streamed; return the body's bytes and whether to go on."""
+        is_head = self._head is not None and self._head.method == "HEAD"
+        if not isinstance(response.body, bytes):
+            return self._send_stream(response, keeps_alive)
+        has_body = response.status not in (204, 304)
+        length = f"Content-Length: {len(response.body)}\r\n" if has_body else ""
+        head = self._build_head(response, length, keeps_alive)
+        body = b"" if is_head or not has_body else response.body
+        if len(body) < RECEIVE_BYTES:
+            self.connection.sendall(head + body)
+        else:
+            self.connection.sendall(head)
+            self.connection.sendall(body)
+        return len(body), keeps_alive
+
+    def _build_head(self, response: Response, framing: str, keeps_alive: bool) -> bytes:
+        fields = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
+        if "Content-Security-Policy" not in fields:
+            fields += f"{SECURITY_HEADERS[3][0]}: {SECURITY_HEADERS[3][1]}\r\n"
+        is_http_1_0 = self._head is not None and self._head.is_http_1_0
+        connection = "" if keeps_alive != is_http_1_0 else f"Connection: {'keep-alive' if keeps_alive else 'close'}\r\n"
+        text = (f"HTTP/1.1 {response.status} {_REASONS.get(response.status, '')}\r\nServer: csp\r\n"
+                f"Date: {self.server.http_date()}\r\nContent-Type: {response.content_type}\r\n"
+                f"{framing}{connection}{fields}")
+        return text.encode("latin-1") + _FIXED_HEADERS + b"\r\n"
+
+    def _send_stream(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
+        """Send a streamed body in chunks, to HTTP/1.0 until the end of the connection."""
+        assert not isinstance(response.body, bytes)
+        is_chunked = self._head is not None and not self._head.is_http_1_0
+        framing = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
+        sent = 0
+        try:
+            self.connection.sendall(self._build_head(response, framing, keeps_alive and is_chunked))
+            for part in response.body:
+                if part:
+                    sent += len(part)
+                    self.connection.sendall(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
+            if is_chunked:
+                self.connection.sendall(b"0\r\n\r\n")
+        except StreamBroken:
+            return sent, False
+        finally:
+            getattr(response.body, "close", lambda: None)()
+        return sent, keeps_alive and is_chunked
+
+    def _linger(self) -> None:
+        """Let the client read a refusal before the connection goes: closing with unread bytes resets it."""
+        self.connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + LINGER_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if not self.connection.recv(RECEIVE_BYTES):
+                    return
+            except (BlockingIOError, socket.timeout):
+                return
+
+    def _log_access(self, status: int, sent: int, started: float, address: Optional[str] = None) -> None:
+        """Log in Common Log Format, without the query: it may hold what is nobody's business."""
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        head = self._head
+        line = f"{head.method} {head.target.partition('?')[0]} HTTP/1.{0 if head.is_http_1_0 else 1}" if head else "-"
+        access_log.info('%s - - [%s] "%s" %d %d %.1fms', address or self.client_address[0],
+                        time.strftime("%d/%b/%Y:%H:%M:%S %z"), line, status, sent,
+                        (time.monotonic() - started) * 1000 if started else 0.0)
+
+
+class Server(ThreadingHTTPServer):
+    """The HTTP server of a service: a bounded number of connections, each with a thread; threads are used again.
+
+    Binds in the constructor (port 0 picks one; ``url`` tells), raises StartError if it cannot. ``serve_forever`` and
+    ``stop`` are called from different threads.
+    """
+
+    request_queue_size = BACKLOG
+    daemon_threads = True
+    allow_reuse_port = False
+
+    def __init__(self, service: Service, host: Optional[str] = None, port: Optional[int] = None) -> None:
+        self.service = service
+        self.trust = ProxyTrust(service.settings["TRUSTED_PROXIES"])
+        self.is_stopping = False
+        self._max_connections: int = service.settings["MAX_CONNECTIONS"]
+        self._accepted: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
+        self._lock = threading.Condition()  # guards the counts and _handlers
+        self._spare_threads = 0
+        self._connections = 0
+        self._date = (0, "")
+        host = service.settings["HOST"] if host is None else host
+        port = service.settings["PORT"] if port is None else int(port)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), RequestHandler)
+        except OSError as error:
+            raise StartError(f"The address {host} port {port} cannot be used: {error.strerror}; "
+                             "choose another with --host or --port.") from None
+        except OverflowError:
+            raise StartError(f"The port {port} is not between 0 and 65535.") from None
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of a name that the standard server makes (slow without DNS)."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    @property
+    def url(self) -> str:
+        """The address to reach the service at from this machine, with a slash at the end."""
+        host = str(self.server_name)
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        return f"http://{host}:{self.server_port}/"
+
+    def http_date(self) -> str:
+        """Return the time as a Date field has it, made once a second."""
+        second = int(time.time())
+        if self._date[0] != second:
+            self._date = (second, email.utils.formatdate(second, usegmt=True))
+        return self._date[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give the connection to a spare thread or a new one; refuse it if there are too many."""
+        with self._lock:
+            is_full = self._connections >= self._max_connections
+            self._connections += not is_full
+            has_thread = self._spare_threads > 0
+            self._spare_threads -= has_thread and not is_full
+        if is_full:
+            self._refuse(request)
+            return
+        self._accepted.put((request, client_address))
+        if not has_thread:
+            threading.Thread(target=self._serve_connections, name="csp-connection", daemon=True).start()
+
+    def _refuse(self, request: socket.socket) -> None:
+        try:
+            request.settimeout(0.1)
+            request.sendall(_FULL_HOUSE)
+        except OSError:
+            pass
+        self.shutdown_request(request)
+
+    def _serve_connections(self) -> None:
+        while True:
+            try:
+                request, client_address = self._accepted.get(timeout=SPARE_THREAD_SECONDS)
+            except queue.Empty:
+                with self._lock:
+                    if self._spare_threads > 0:  # else a connection is on its way to this thread
+                        self._spare_threads -= 1
+                        return
+                continue
+            self.process_request_thread(request, client_address)
+            with self._lock:
+                self._connections -= 1
+                self._spare_threads += 1
+                self._lock.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what a handler did not expect; the connection is closed."""
+        log.exception("a connection from %s failed", client_address[0])
+
+    def stop(self, timeout_seconds: float) -> None:
+        """Accept no more, let requests under way end, close the rest of the connections when they are idle."""
+        self.is_stopping = True
+        self.shutdown()
+        self.server_close()
+        with self._lock:
+            self._lock.wait_for(lambda: self._connections == 0, timeout_seconds)
+
+    def server_close(self) -> None:
+        """Close the listening socket; connections end by themselves."""
+        self.socket.close()
+
+
+class _LogFormatter(logging.Formatter):
+    """One line per record, whatever was logged; an access line stands as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's line, and its traceback below it."""
+        message = record.getMessage().encode("unicode_escape").decode("ascii")
+        if record.name == access_log.name:
+            return message
+        line = f"{self.formatTime(record)} {record.levelname} {record.name}: {message}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """A rotating file that only its owner may read."""
+
+    def _open(self) -> Any:
+        return os.fdopen(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a",
+                         encoding="utf-8")
+
+
+def configure_logging(settings: Settings) -> None:
+    """Send this program's log to where the settings say; raise StartError if the file cannot be written."""
+    handlers: List[logging.Handler] = []
+    if settings["STDERR"]:
+        handlers.append(logging.StreamHandler())
+    if settings["LOG_FILE"]:
+        try:
+            handlers.append(_LogFile(settings["LOG_FILE"], maxBytes=64 * 2**20, backupCount=5))
+        except OSError as error:
+            raise StartError(f"The log file {settings['LOG_FILE']} cannot be written: {error.strerror}.") from None
+    if settings["ADMINS"]:
+        mail = logging.handlers.SMTPHandler("127.0.0.1", settings["FROM_EMAIL"], list(settings["ADMINS"]),
+                                            f"{settings['NAME']}: error")
+        mail.setLevel(logging.ERROR)
+        handlers.append(mail)
+    for old in list(log.handlers):
+        log.removeHandler(old)
+        old.close()
+    for handler in handlers or [logging.NullHandler()]:
+        handler.setFormatter(_LogFormatter())
+        log.addHandler(handler)
+    log.setLevel(logging.DEBUG if settings["DEBUG"] else logging.INFO)
+    log.propagate = False
+
+
+def announce(server: Server, stream: TextIO) -> None:
+    """Print in a few lines what runs where, how to log in, and a command that works."""
+    service = server.service
+    types = service.registry.names()
+    lines = [f"{service.settings['NAME']} (csp.py {__version__}) at {server.url}",
+             f"Job types: {', '.join(types) or 'none; name a module with --jobs'}",
+             f"Database:  {os.path.abspath(service.database) if service.database else 'in memory, gone at the end'}"]
+    if service.auth.generated_password:
+        lines.append(f"Log in:    user {service.settings['USERNAME']}, password {service.auth.generated_password} "
+                     "(for this run; set PASSWORD to keep one)")
+    else:
+        lines.append(f"Log in:    user {service.settings['USERNAME']}, with your PASSWORD, at {server.url}login")
+    if types:
+        example = to_json({"job_type": _example_type(service.registry), "api_key": "any", "data": "hello"})
+        lines.append(f"Try it:    curl -H 'Content-Type: application/json' -d '{example}' {server.url}job")
+    print("\n".join(lines), file=stream, flush=True)
+
+
+def _example_type(registry: Registry) -> str:
+    names = registry.names()
+    synchronous = [name for name in names if (job_type := registry.get(name)) and job_type.synchronous]
+    return "echo" if "echo" in names else (synchronous or names)[0]
+
+
+def serve(settings: Settings, registry: Registry, host: Optional[str] = None, port: Optional[int] = None) -> int:
+    """Serve until SIGTERM or Ctrl-C, then stop in order; return the exit code. Main thread only.
+
+    Raises StartError if the service cannot start.
+    """
+    configure_logging(settings)
+    service = Service(settings, registry)
+    try:
+        server = Server(service, host, port)
+    except StartError:
+        service.close(0.0)
+        raise
+    stopping = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(1) if stopping.is_set() else stopping.set())
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="csp-accept", daemon=True).start()
+    announce(server, sys.stdout)
+    while not stopping.wait(3600.0):  # without a timeout Windows does not deliver Ctrl-C
+        pass
+    log.info("stopping; running jobs have %g seconds", settings["GRACE_SECONDS"])
+    deadline = time.monotonic() + settings["GRACE_SECONDS"]
+    server.stop(settings["GRACE_SECONDS"])
+    is_done = service.close(max(0.0, deadline - time.monotonic()))
+    if not is_done:
+        log.warning("jobs were still running; they are taken up again at the next start")
+        logging.shutdown()
+        os._exit(0)  # a thread cannot be ended, and the interpreter would wait for it
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predecessor's names
+#
+# One file is module and package, as os is with os.path: ``import csp.job as job`` finds the module in sys.modules.
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Config(Mapping[str, Any]):
+    """The settings in force, as ``web.app.config``; loaded when first looked at."""
+
+    def __init__(self) -> None:
+        self._settings: Optional[Settings] = None
+
+    def load(self, settings: Optional[Settings] = None) -> Settings:
+        """Put ``settings`` in force, or those that file and environment give now."""
+        self._settings = load_settings() if settings is None else settings
+        return self._settings
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._settings if self._settings is not None else self.load()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.settings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.settings)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+
+class Application:
+    """What ``web.app`` is: the settings, and a way to serve the registered jobs."""
+
+    def __init__(self) -> None:
+        self.config = Config()
+
+    def run(self, host: Optional[str] = None, port: Union[int, str, None] = None, **options: Any) -> None:
+        """Serve the jobs that have been registered until SIGTERM or Ctrl-C."""
+        try:
+            serve(self.config.settings, registry, host, int(port) if port is not None else None)
+        except StartError as error:
+            raise SystemExit(f"csp: {error}") from None
+
+
+def _make_module(name: str, doc: str, **names: Any) -> types.ModuleType:
+    module = types.ModuleType(f"{__name__}.{name}", doc)
+    module.__dict__.update(names)
+    sys.modules[module.__name__] = module
+    return module
+
+
+_application = Application()
+job = _make_module("job", "The decorators.", synchronous=registry.synchronous, asynchronous=registry.asynchronous,
+                   sync=registry.synchronous, async_=registry.asynchronous, **{"async": registry.asynchronous})
+util = _make_module("util", "For the code of jobs.", JobError=JobError, JobCancelled=JobCancelled,
+                    StoringHandler=StoringHandler, set_progress=set_progress, check_cancelled=check_cancelled)
+web = _make_module("web", "The service.", app=_application, init=lambda: _application.config.load() and None,
+                   configure=lambda: _application.config.load() and None)
+
+
+def _become(name: str) -> None:
+    """Make ``import name`` and its submodules mean this module, which may be running as ``__main__``."""
+    sys.modules[name] = sys.modules[__name__]
+    for part in (job, util, web):
+        sys.modules[f"{name}.{part.__name__.rpartition('.')[2]}"] = part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.")
+    parser.add_argument("--jobs", action="append", default=[], metavar="MODULE",
+                        help="a module name or a .py file with job functions; may be repeated")
+    parser.add_argument("--config", metavar="FILE", help="a Python settings file")
+    for row in SETTINGS:
+        if row.option:
+            parser.add_argument(row.option, dest=row.name, metavar="VALUE", help=row.help.replace("%", "%%"))
+    parser.add_argument("--run", nargs="+", metavar=("JOB_TYPE", "JSON"),
+                        help="run one job here and now with this data (- reads it from standard input), and exit")
+    parser.add_argument("--hash-password", action="store_true", help="make a hash for the setting PASSWORD, and exit")
+    parser.add_argument("--version", action="version", version=f"csp.py {__version__}")
+    return parser
+
+
+def load_jobs(name: str) -> None:
+    """Import a job module by name or by the path of its .py file; raise StartError if that fails."""
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        path = Path(name).resolve()
+        sys.path.insert(0, str(path.parent))
+        importlib.import_module(path.stem)
+    except ImportError as error:
+        raise StartError(f"The job module {name} cannot be imported: {error}.") from None
+    except ValueError as error:
+        raise StartError(f"The job module {name} cannot be used: {error}.") from None
+    except SyntaxError as error:
+        raise StartError(f"The job module {name} has a syntax error: {error}.") from None
+
+
+def _run_once(arguments: Sequence[str]) -> int:
+    """Run one job here and now; print its log and result; return 1 if it failed."""
+    name, data = arguments[0], arguments[1] if len(arguments) > 1 else None
+    job_type = registry.get(name)
+    if job_type is None or len(arguments) > 2:
+        raise StartError(f"--run takes a job type ({', '.join(registry.names())}) and its data as JSON.")
+    input: Dict[str, Any] = {"job_type": name, "api_key": "none"}
+    try:
+        if data is not None:
+            input["data"] = from_json((sys.stdin.read() if data == "-" else data).encode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise StartError(f"The data for --run is not JSON: {error}.") from None
+    run = JobRun("command-line", 0, 1, _print_lines, lambda: None)
+    outcome = call_function(job_type.function, run, input, streams=job_type.synchronous)
+    if not isinstance(outcome, Outcome):
+        stream = outcome
+        outcome = call_function(lambda task_id, input: _print_stream(stream()), run, input, streams=False)
+        assert isinstance(outcome, Outcome)
+    run.end()
+    if outcome.error is not None:
+        document = json.loads(outcome.error)
+        print(document.pop("traceback", ""), to_json(document), sep="", file=sys.stderr)
+        return 1
+    if outcome.data is not None:
+        sys.stdout.buffer.write(_raw_result(outcome.data)[0] + b"\n")
+    return 0
+
+
+def _print_stream(parts: Iterable[Any]) -> None:
+    for part in parts:
+        sys.stdout.write(part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part))
+    sys.stdout.write("\n")
+
+
+def _print_lines(run: JobRun, _must_wait: bool) -> None:
+    run.is_announced = False
+    while run.lines:
+        line = run.lines.popleft()
+        print(f"{line.timestamp} {line.level} {line.message}", file=sys.stderr)
+
+
+def _make_hash() -> int:
+    """Print the hash of a password that is typed twice, or read from standard input if that is no terminal."""
+    if not sys.stdin.isatty():
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Again: ") != password:
+            raise StartError("The two passwords differ; start again.")
+    if not password:
+        raise StartError("The password is empty; choose one.")
+    print(hash_password(password))
+    return 0
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    if options.hash_password:
+        return _make_hash()
+    overrides = {row.name: getattr(options, row.name) for row in SETTINGS
+                 if row.option and getattr(options, row.name) is not None}
+    settings = _application.config.load(load_settings(options.config, None, overrides))
+    sys.path.insert(0, os.getcwd())
+    for name in options.jobs:
+        load_jobs(name)
+    return _run_once(options.run) if options.run else serve(settings, registry)
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command line; return the exit code: 0, 1 if ``--run``'s job failed, 2 for what is wrong at the start."""
+    options = _build_parser().parse_args(arguments)
+    try:
+        return _run_command(options)
+    except (StartError, CspError) as error:
+        print(f"csp: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    _become("csp")
+    _become("ckanserviceprovider")
+    sys.exit(main())
