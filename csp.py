@@ -1213,7 +1213,7 @@ class Store:
         return seq
 
     def add_job(self, job: Job, then: Callable[[], None]) -> Write:
-        """Store a new job, without waiting, and call ``then`` after the commit; the Write may raise Conflict: id taken."""
+        """Store a new job without waiting; call ``then`` after the commit. The Write raises Conflict if the id is taken."""
         def operation(transaction: Transaction) -> None:
             try:
                 transaction.execute(_INSERT_JOB, job)
