@@ -85,6 +85,7 @@ from typing import (
     Set,
     TextIO,
     Tuple,
+    Type,
     TypeVar,
     Union,
 )
@@ -114,10 +115,11 @@ class CspError(Exception):
 
     status = 500
 
-    def __init__(self, message: str, headers: Sequence[Tuple[str, str]] = ()) -> None:
+    def __init__(self, message: str, headers: Sequence[Tuple[str, str]] = (), detail: Optional[str] = None) -> None:
         super().__init__(message)
         self.message = message
         self.headers = tuple(headers)
+        self.detail = detail  # more than the sentence that clients may compare with
 
 
 class BadRequest(CspError):
@@ -181,6 +183,12 @@ class ExpectationFailed(CspError):
     """An Expect header that is not 100-continue (RFC 9110, section 10.1.1)."""
 
     status = 417
+
+
+class TooManyRequests(CspError):
+    """Too many failed logins from there; ``Retry-After`` says when the next is looked at (RFC 6585, section 4)."""
+
+    status = 429
 
 
 class HeadersTooLarge(CspError):
@@ -353,6 +361,14 @@ def _networks(value: Any) -> Tuple[str, ...]:
     return words
 
 
+def _origins(value: Any) -> Tuple[str, ...]:
+    words = _words(value)
+    for word in words:
+        if not re.fullmatch(r"https?://[^/?#\s]+", word):
+            raise ValueError(f"has to list origins such as https://example.org, and {word} is none")
+    return words
+
+
 def database_path(uri: str) -> Optional[str]:
     """Return the file that a database URI or plain path names, None for one in memory; raise ValueError if neither."""
     if "://" not in uri:
@@ -403,18 +419,32 @@ SETTINGS = (
             "stopped"),
     Setting("MAX_BODY_BYTES", _number(1024, 2**31), 64 * 2**20, "largest request body; a job's input is held in memory "
             "a few times over"),
-    Setting("MAX_CONNECTIONS", _number(1, 100_000), 1000, "connections at the same time, each of which has a thread; "
-            "above it they are answered 503"),
+    Setting("MAX_URL_BYTES", _number(100, 2**20), 8192, "longest request line; RFC 9112 asks for at least 8,000"),
+    Setting("MAX_HEADER_BYTES", _number(1000, 2**20), 65_536, "largest request head; browsers send a few kB"),
+    Setting("MAX_HEADER_FIELDS", _number(10, 10_000), 100, "most header fields; browsers send about twenty"),
     Setting("HEADER_SECONDS", _number(1, 3600, float), 15.0, "time a client has to send a request's head"),
-    Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "time a client has to send a body, and one second more for "
-            "each 16 kB"),
+    Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "time a client has to send a body, and more for a large "
+            "one, see BODY_BYTES_PER_SECOND"),
+    Setting("BODY_BYTES_PER_SECOND", _number(1, 2**30), 16_384, "the slowest sender of a large body that is "
+            "waited for"),
+    Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading its answer"),
     Setting("IDLE_SECONDS", _number(1, 3600, float), 60.0, "time an unused connection is kept open"),
+    Setting("MAX_CONNECTIONS", _number(1, 100_000), 1000, "connections at the same time, each of which has a thread; "
+            "above it the longest unused one is closed for a new one; if all are in use the new one is answered 503"),
+    Setting("MAX_CONNECTIONS_PER_ADDRESS", _number(1, 100_000), 500, "of these from one address, unless it is a "
+            "trusted proxy; half, so that one stranger cannot take all"),
     Setting("SESSION_IDLE_SECONDS", _number(60, 10**9, float), 3600.0, "a login unused for so long is over"),
     Setting("SESSION_SECONDS", _number(60, 10**9, float), 43_200.0, "a login is over after so long, used or not"),
+    Setting("API_KEYS", _words, (), "if set, only these api_keys may submit; each as it is or as its hash from "
+            "`--hash-password`"),
+    Setting("CORS_ORIGINS", _origins, (), "origins such as `https://example.org` whose pages may use the service "
+            "from a browser; without it none may"),
     Setting("PUBLIC_JOB_LIST", _flag, True, "anybody may list job ids (`GET /job`); off: administrators only"),
     Setting("TRUSTED_PROXIES", _networks, (), "addresses or networks of reverse proxies whose `X-Forwarded-For` and "
             "`X-Forwarded-Proto` are believed"),
     Setting("SSL_VERIFY", _flag, True, "verify the TLS certificates of callback receivers"),
+    Setting("CALLBACK_HOSTS", _words, (), "where callbacks may go: nothing set means anywhere; `public` means no "
+            "private, loopback or link-local address; else host names, addresses and networks"),
     Setting("CALLBACK_SECRET", _optional_text, None, "signs callbacks with the three headers of Standard Webhooks 1.0: "
             "`whsec_` and base64, or any text"),
     Setting("LOG_FILE", _optional_text, None, "log to this file, mode 0600, rotated at 64 MiB, five kept",
@@ -1213,7 +1243,7 @@ class Store:
         return seq
 
     def add_job(self, job: Job, then: Callable[[], None]) -> Write:
-        """Store a new job without waiting; call ``then`` after the commit. The Write raises Conflict if the id is taken."""
+        """Store a new job without waiting; ``then`` is called after the commit. The Write raises Conflict: id taken."""
         def operation(transaction: Transaction) -> None:
             try:
                 transaction.execute(_INSERT_JOB, job)
@@ -1589,6 +1619,95 @@ def check_result_url(url: Any) -> None:
         raise Conflict("result_url has to name a host, in ASCII and without spaces")
 
 
+class CallbackPolicy:
+    """Where callbacks may go, decided on the address that is then connected to: names can be rebound in between.
+
+    ``allowed`` is empty (anywhere), ("public",), or host names, addresses and networks. ``resolve`` maps host and port
+    to addresses and may be replaced by one's own.
+    """
+
+    def __init__(self, allowed: Sequence[str] = (), resolve: Optional[Callable[[str, int], List[str]]] = None) -> None:
+        self._is_public = "public" in allowed
+        self._names = {word.lower() for word in allowed if word != "public"}
+        self._networks = [network for network in map(_as_network, self._names) if network is not None]
+        self._resolve = resolve or _resolve
+
+    def connect(self, host: str, port: int, timeout_seconds: float) -> socket.socket:
+        """Return a connection to the first address of ``host`` that is allowed and answers; raise OSError if none."""
+        error: OSError = PermissionError(f"CALLBACK_HOSTS does not allow {host}")
+        for address in self._resolve(host, port):
+            if self._allows(host, address):
+                try:
+                    return socket.create_connection((address, port), timeout_seconds)
+                except OSError as reason:
+                    error = reason
+        raise error
+
+    def _allows(self, host: str, address: str) -> bool:
+        if not self._is_public and not self._names:
+            return True
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        mapped = getattr(ip, "ipv4_mapped", None)
+        ip = mapped if mapped is not None else ip
+        if host.lower() in self._names or any(ip in network for network in self._networks):
+            return True
+        return self._is_public and ip.is_global and not ip.is_multicast
+
+
+def _as_network(word: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network, None]:
+    try:
+        return ipaddress.ip_network(word, strict=False)
+    except ValueError:
+        return None
+
+
+def _resolve(host: str, port: int) -> List[str]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+class _CallbackHandler(urllib.request.AbstractHTTPHandler):
+    """Opens callbacks' connections through the policy, and tells ``opened`` about each socket."""
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def __init__(self, policy: CallbackPolicy, ssl_verify: bool, opened: Callable[[socket.socket], None]) -> None:
+        super().__init__()
+        self._policy, self._ssl_verify, self._opened = policy, ssl_verify, opened
+        self._tls: Optional[ssl.SSLContext] = None
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        """Open an http URL."""
+        return self.do_open(self._connection(http.client.HTTPConnection), request)
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        """Open an https URL; the certificate has to be the host name's, whatever the address."""
+        return self.do_open(self._connection(http.client.HTTPSConnection), request)
+
+    def _context(self) -> ssl.SSLContext:
+        """Return the TLS context, made when first needed: reading the certificates takes a while."""
+        if self._tls is None:
+            self._tls = ssl.create_default_context() if self._ssl_verify else ssl._create_unverified_context()
+        return self._tls
+
+    def _connection(self, base: Type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
+        def connect(connection: http.client.HTTPConnection) -> None:
+            connection.sock = self._policy.connect(connection.host, connection.port, CALLBACK_SECONDS)
+            self._opened(connection.sock)
+            if base is http.client.HTTPSConnection:
+                wrapped = self._context().wrap_socket(connection.sock, server_hostname=connection.host,
+                                                      do_handshake_on_connect=False)
+                self._opened(wrapped)
+                wrapped.do_handshake()
+                connection.sock = wrapped
+
+        def make(host: str, **options: Any) -> http.client.HTTPConnection:
+            connection = base(host, **options)
+            connection.connect = functools.partial(connect, connection)  # type: ignore[method-assign]
+            return connection
+        return make
+
+
 class CallbackAnswer(NamedTuple):
     """What came of one attempt: ``error`` is None if it was accepted; ``is_final`` forbids another attempt."""
 
@@ -1634,15 +1753,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class CallbackSender:
     """Sends due callbacks until they are accepted or given up. ``notify`` and ``stop`` may be called by any thread."""
 
-    def __init__(self, store: Store, ssl_verify: bool = True, secret: Optional[str] = None) -> None:
+    def __init__(self, store: Store, ssl_verify: bool = True, secret: Optional[str] = None,
+                 policy: Optional[CallbackPolicy] = None) -> None:
         self._store = store
         self._secret = secret
         self._opener = urllib.request.OpenerDirector()
-        context = ssl.create_default_context() if ssl_verify else ssl._create_unverified_context()
-        for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(context=context), _NoRedirects(),
+        for handler in (_CallbackHandler(policy or CallbackPolicy(), ssl_verify, self._watch), _NoRedirects(),
                         urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
             self._opener.add_handler(handler)
-        self._condition = threading.Condition()  # guards the four fields below
+        self._sockets: Dict[int, Tuple[float, socket.socket]] = {}  # by thread: when to end the attempt (monotonic)
+        self._condition = threading.Condition()  # guards the fields below
         self._due: Dict[str, float] = dict(store.list_callback_hosts())
         self._sending: Dict[str, Set[int]] = {}
         self._failing: Set[str] = set()
@@ -1673,13 +1793,28 @@ class CallbackSender:
                 waits = {host: at - now for host, at in self._due.items() if self._has_place(host)}
                 ready = [host for host, wait in waits.items() if wait <= 0]
                 if not ready and not self._is_stopping:
-                    self._condition.wait(min(waits.values(), default=60.0))
+                    self._condition.wait(min([*waits.values(), 1.0 if self._sending else 60.0]))
                 if self._is_stopping:
                     return
                 for host in ready:
                     del self._due[host]
+            self._end_late_attempts()
             for host in ready:
                 self._dispatch(host, now)
+
+    def _watch(self, connection: socket.socket) -> None:
+        deadline = self._sockets.get(threading.get_ident(), (time.monotonic() + CALLBACK_SECONDS, None))[0]
+        self._sockets[threading.get_ident()] = (deadline, connection)
+
+    def _end_late_attempts(self) -> None:
+        """Cut connections whose attempt takes too long: a socket's timeout counts anew with every byte that drips."""
+        now = time.monotonic()
+        for deadline, connection in list(self._sockets.values()):
+            if deadline < now:
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    log.debug("a late callback's connection had ended already")
 
     def _has_place(self, host: str) -> bool:
         limit = 1 if host in self._failing else CALLBACK_THREADS_PER_HOST
@@ -1751,6 +1886,8 @@ class CallbackSender:
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             return CallbackAnswer(clean(f"{type(reason).__name__}: {reason}"))
+        finally:
+            self._sockets.pop(threading.get_ident(), None)
 
     def _build_request(self, job: Job, now: float) -> urllib.request.Request:
         body = render_job(job, self._store.get_logs(job), job_key=True, callback_error=False)
@@ -2249,7 +2386,8 @@ class Response:
     @classmethod
     def error(cls, error: CspError) -> Response:
         """Return the answer that a refusal is: ``{"error": sentence}``."""
-        return cls.json({"error": clean(error.message)}, error.status, error.headers)
+        more = {} if error.detail is None else {"detail": clean(error.detail)}
+        return cls.json({"error": clean(error.message), **more}, error.status, error.headers)
 
     @classmethod
     def redirect(cls, path: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -2331,14 +2469,15 @@ class ProxyTrust:
 
     def identify(self, address: str, headers: Mapping[str, str], scheme: str = "http") -> Tuple[str, str]:
         """Return the client's address and scheme."""
-        if not self._networks or not self._is_trusted(address):
+        if not self._networks or not self.is_trusted(address):
             return address, scheme
         forwarded = [part.strip() for part in headers.get("x-forwarded-for", "").split(",") if part.strip()]
-        while forwarded and self._is_trusted(address):
+        while forwarded and self.is_trusted(address):
             address = forwarded.pop()
         return address[:64], "https" if headers.get("x-forwarded-proto", scheme).strip().lower() == "https" else "http"
 
-    def _is_trusted(self, address: str) -> bool:
+    def is_trusted(self, address: str) -> bool:
+        """Return whether that is the address of a trusted proxy."""
         try:
             ip = ipaddress.ip_address(address)
         except ValueError:
@@ -2357,6 +2496,12 @@ class ProxyTrust:
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # OWASP's minimum that fits OpenSSL's default of 32 MB
 COOKIE = "csp_session"
 SECURE_COOKIE = "__Host-csp_session"  # a browser takes this name only with Secure, from this very host
+FREE_FAILURES = 10  # a person who tries what the password might have been
+MANY_FAILURES = 100  # of all addresses within THROTTLE_SECONDS: an attack
+THROTTLE_SECONDS = 900.0
+MAX_THROTTLED = 10_000  # addresses remembered; a botnet must not fill the memory
+WEAK_SECRETS = frozenset(("please_replace_me", "change_me_please", "correcthorse", "administrator", "password123",
+                          "1234567890"))
 SESSION_NOTE_SECONDS = 60.0  # how often the use of a session is written down
 
 
@@ -2381,6 +2526,90 @@ def _is_same(given: str, wanted: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
 
 
+class Secret:
+    """A secret of the settings, as it is or as its hash; raises ValueError if it looks like a hash but is none."""
+
+    def __init__(self, wanted: str) -> None:
+        self._wanted = wanted
+        self._is_hash = wanted.startswith("scrypt$")
+        self._memory_key = secrets.token_bytes(32)
+        self._approved: Set[bytes] = set()  # digests of what the slow hash has approved
+        if self._is_hash:
+            _matches_hash(b"", wanted)
+
+    def matches(self, given: str) -> bool:
+        """Return whether ``given`` is the secret, in a time that does not tell how nearly."""
+        if not self._is_hash:
+            return _is_same(given, self._wanted)
+        text = given.encode("utf-8", "replace")
+        digest = hmac.new(self._memory_key, text, hashlib.sha256).digest()
+        if digest not in self._approved and _matches_hash(text, self._wanted):
+            self._approved.add(digest)
+        return digest in self._approved
+
+    @property
+    def is_weak(self) -> bool:
+        """Whether somebody could guess it: a hash cannot be judged."""
+        return not self._is_hash and (len(self._wanted) < 10 or self._wanted.lower() in WEAK_SECRETS)
+
+
+class LoginThrottle:
+    """Slows the guessing of passwords down: by address, and for all addresses together.
+
+    An address (an IPv6 network of 64 bits) may fail FREE_FAILURES times; then it waits, twice as long with every
+    further failure. While there are many failures from everywhere, each address has only one free failure: guesses
+    from many addresses are slowed too, and yet the right password from an address that has not failed works at once,
+    so that nobody can lock the administrator out.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures: Dict[str, Tuple[int, float]] = {}  # by address: how many, when the last
+        self._all: Deque[float] = deque(maxlen=MANY_FAILURES)
+
+    def check(self, address: str) -> None:
+        """Raise TooManyRequests if this address has to wait."""
+        now = self._clock()
+        with self._lock:
+            count, last = self._failures.get(_address_group(address), (0, 0.0))
+            is_attack = len(self._all) == MANY_FAILURES and now - self._all[0] < THROTTLE_SECONDS
+        over = count - (1 if is_attack else FREE_FAILURES)
+        wait = last + min(2.0 ** min(over, 20), THROTTLE_SECONDS) - now if over >= 0 else 0.0
+        if wait > 0:
+            raise TooManyRequests("Too many failed logins; try again later.", [("Retry-After", str(int(wait) + 1))])
+
+    def note(self, address: str, is_success: bool) -> None:
+        """Take note of a login; a success forgives the address its failures."""
+        now, group = self._clock(), _address_group(address)
+        with self._lock:
+            count, last = self._failures.pop(group, (0, 0.0))
+            if is_success:
+                return
+            if len(self._failures) >= MAX_THROTTLED:
+                del self._failures[next(iter(self._failures))]
+            self._failures[group] = (count + 1 if now - last < THROTTLE_SECONDS else 1, now)
+            self._all.append(now)
+
+
+def _address_group(address: str) -> str:
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else address
+
+
+def is_same_origin(request: Request) -> Optional[bool]:
+    """Return whether a browser sent the request from a page of this service; None if no browser says."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None:
+        return site in ("same-origin", "none")
+    if origin is None:
+        return None
+    return origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
+
+
 class Authenticator:
     """Decides who a request comes from. Without a ``password`` one is made; ``generated_password`` then holds it."""
 
@@ -2388,38 +2617,42 @@ class Authenticator:
         self._store = store
         self._username: str = settings["USERNAME"]
         self.generated_password = None if settings["PASSWORD"] else secrets.token_urlsafe(12)
-        self._password: str = self.generated_password or settings["PASSWORD"]
+        self._password = _read_secret("PASSWORD", self.generated_password or settings["PASSWORD"])
         self._secret_key: Optional[str] = settings["SECRET_KEY"]
+        self._api_keys = [_read_secret("API_KEYS", key) for key in settings["API_KEYS"]]
         self._idle_seconds: float = settings["SESSION_IDLE_SECONDS"]
         self._session_seconds: float = settings["SESSION_SECONDS"]
-        self._memory_key = secrets.token_bytes(32)
-        self._verified: Set[bytes] = set()  # digests of passwords that a slow hash has already approved
-        if self._password.startswith("scrypt$"):
-            try:
-                _matches_hash(b"", self._password)
-            except (ValueError, binascii.Error):
-                raise StartError("The setting PASSWORD looks like a hash but is none; "
-                                 "make one with --hash-password.") from None
+        self._throttle = LoginThrottle()
+        weak = {"PASSWORD": self._password.is_weak, "SECRET_KEY": Secret(self._secret_key or "x" * 10).is_weak}
+        for name in (name for name, is_weak in weak.items() if is_weak):
+            log.warning("the setting %s is short or well known: somebody will guess it", name)
 
-    def is_login(self, username: str, password: str) -> bool:
-        """Return whether these are the administrator's name and password, in the same time for any wrong ones."""
-        is_password = self._is_password(password.encode("utf-8", "replace"))
-        return _is_same(username, self._username) and is_password
+    def is_login(self, username: str, password: str, address: str) -> bool:
+        """Return whether these are the administrator's name and password, in the same time for any wrong ones.
 
-    def _is_password(self, password: bytes) -> bool:
-        if not self._password.startswith("scrypt$"):
-            return hmac.compare_digest(password, self._password.encode("utf-8"))
-        digest = hmac.new(self._memory_key, password, hashlib.sha256).digest()
-        if digest not in self._verified and _matches_hash(password, self._password):
-            self._verified.add(digest)
-        return digest in self._verified
+        Raises TooManyRequests if ``address`` has failed too often.
+        """
+        self._throttle.check(address)
+        is_password = self._password.matches(password)
+        is_login = _is_same(username, self._username) and is_password
+        self._throttle.note(address, is_login)
+        return is_login
 
     def is_admin(self, request: Request) -> bool:
-        """Return whether the request has the administrator's Basic credentials or a live session."""
+        """Return whether the request has the administrator's Basic credentials or a live session.
+
+        What a browser adds by itself does not count for a request that changes something, unless a page of this
+        service sent it: for a cookie the browser has to say so, for Basic it must not say otherwise.
+        """
         credentials = basic_credentials(request)
+        is_safe = request.method in ("GET", "HEAD") or is_same_origin(request)
         if credentials is not None:
-            return self.is_login(*credentials)
-        return self._session_hash(request) is not None
+            return is_safe is not False and self.is_login(*credentials, request.remote)
+        return bool(is_safe) and self._session_hash(request) is not None
+
+    def may_submit(self, api_key: Union[str, int, float]) -> bool:
+        """Return whether the api_key may submit jobs: any may, unless API_KEYS lists those that may."""
+        return not self._api_keys or any([key.matches(str(api_key)) for key in self._api_keys])
 
     def has_secure_key(self, request: Request) -> bool:
         """Return whether the Authorization header is the secure key."""
@@ -2464,6 +2697,14 @@ class Authenticator:
         if now - used_at > min(SESSION_NOTE_SECONDS, self._idle_seconds / 2):
             self._store.mark_session_used(_token_hash(token), now)
         return _token_hash(token)
+
+
+def _read_secret(name: str, text: str) -> Secret:
+    try:
+        return Secret(text)
+    except (ValueError, binascii.Error):
+        raise StartError(f"The setting {name} looks like a hash but is none; "
+                         "make one with --hash-password.") from None
 
 
 def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
@@ -2525,8 +2766,8 @@ def read_body(request: Request) -> Dict[str, Any]:
     if request.is_json and request.body:
         try:
             value = from_json(request.body)
-        except (json.JSONDecodeError, UnicodeError):
-            raise Conflict("Malformed json") from None
+        except (json.JSONDecodeError, UnicodeError) as error:
+            raise Conflict("Malformed json", detail=str(error)) from None
         except ValueError as error:
             raise Conflict(f"Malformed json: {error}") from None
     if not isinstance(value, dict):
@@ -2597,7 +2838,8 @@ class Service:
         self.database = database_path(self.settings["SQLALCHEMY_DATABASE_URI"])
         self.store = Store(self.database)
         self.auth = Authenticator(self.store, self.settings)
-        self.callbacks = CallbackSender(self.store, self.settings["SSL_VERIFY"], self.settings["CALLBACK_SECRET"])
+        self.callbacks = CallbackSender(self.store, self.settings["SSL_VERIFY"], self.settings["CALLBACK_SECRET"],
+                                        CallbackPolicy(self.settings["CALLBACK_HOSTS"]))
         self.runner = Runner(self.store, registry, self.settings["WORKERS"], self.callbacks.notify)
         self._router = Router(ROUTES)
         self._closing = threading.Event()
@@ -2614,6 +2856,22 @@ class Service:
 
     def handle(self, request: Request) -> Response:
         """Answer a request; never raises."""
+        response = self._answer(request)
+        if self.settings["CORS_ORIGINS"]:
+            response.headers += self._cors_headers(request)
+        return response
+
+    def _cors_headers(self, request: Request) -> List[Tuple[str, str]]:
+        """Return what lets pages of CORS_ORIGINS read the answer (fetch.spec.whatwg.org); never with credentials."""
+        origin = request.headers.get("origin", "")
+        if origin not in self.settings["CORS_ORIGINS"]:
+            return [("Vary", "Origin")]
+        return [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin),
+                ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE"),
+                ("Access-Control-Allow-Headers", "Authorization, Content-Type, Prefer"),
+                ("Access-Control-Expose-Headers", "Link, Retry-After"), ("Access-Control-Max-Age", "600")]
+
+    def _answer(self, request: Request) -> Response:
         try:
             if request.method == "OPTIONS":
                 return self._answer_options(request)
@@ -2663,7 +2921,9 @@ class Service:
         """Begin a session, by Basic auth or by form fields."""
         form = request.form
         credentials = basic_credentials(request) or (form.get("username", ""), form.get("password", ""))
-        if not self.auth.is_login(*credentials):
+        if is_same_origin(request) is False:
+            raise Forbidden("A login has to come from a page of this service.")
+        if not self.auth.is_login(*credentials, request.remote):
             raise Unauthorized("Could not verify your login; user name or password is wrong.",
                                [("WWW-Authenticate", 'Basic realm="Login Required"')])
         return Response.redirect(self._next_path(request), [self.auth.begin_session(request)])
@@ -2708,6 +2968,8 @@ class Service:
         return self._submit(submission, job_id)
 
     def _submit(self, submission: Submission, job_id: Optional[str] = None, origin: Optional[str] = None) -> Response:
+        if not self.auth.may_submit(submission.api_key):
+            raise Forbidden("This api_key may not submit jobs.")
         limit = self.settings["MAX_PENDING"]
         if limit is not None and self.store.count_jobs()[PENDING] >= limit:
             raise Unavailable(f"There are {limit:,} unfinished jobs already; try again later.", 30)
@@ -2857,12 +3119,7 @@ ROUTES = (
 # anything ambiguous, so that no byte is ever taken for a next request. One receive and one send per request.
 # ---------------------------------------------------------------------------------------------------------------------
 
-MAX_REQUEST_LINE_BYTES = 8192  # RFC 9112, section 3, asks for at least 8,000
-MAX_HEAD_BYTES = 65_536
-MAX_HEADER_FIELDS = 100
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size and extensions
-BODY_BYTES_PER_SECOND = 16_384  # the slowest sender that is waited for
-SEND_SECONDS = 60  # how long a client may stop reading its answer
 LINGER_SECONDS = 1.0  # after a refusal: read on for so long, or the client's system may drop the answer unread
 BACKLOG = 1024  # connections that a burst may open before the first is accepted
 SPARE_THREAD_SECONDS = 10.0  # how long a connection thread waits for another connection
@@ -2898,18 +3155,37 @@ class Head(NamedTuple):
         return "keep-alive" in options if self.is_http_1_0 else "close" not in options
 
 
-def parse_head(head: bytes) -> Head:
+class Limits(NamedTuple):
+    """The settings that bound a connection, by their names in lower case."""
+
+    max_body_bytes: int
+    max_url_bytes: int
+    max_header_bytes: int
+    max_header_fields: int
+    header_seconds: float
+    body_seconds: float
+    body_bytes_per_second: int
+    send_seconds: float
+    idle_seconds: float
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Limits:
+        """Return the limits that the settings set."""
+        return cls(*(settings[name.upper()] for name in cls._fields))
+
+
+def parse_head(head: bytes, limits: Limits) -> Head:
     """Parse request line and fields; raise the CspError of what RFC 9112 and RFC 9110 do not allow."""
     lines = head.split(b"\r\n")
-    if len(lines[0]) > MAX_REQUEST_LINE_BYTES:
-        raise UriTooLong(f"The request line is longer than {MAX_REQUEST_LINE_BYTES} bytes.")
+    if len(lines[0]) > limits.max_url_bytes:
+        raise UriTooLong(f"The request line is longer than {limits.max_url_bytes} bytes.")
     line = _REQUEST_LINE.fullmatch(lines[0])
     if line is None:
         raise BadRequest("The request line is not one of HTTP/1.1.")
     if line[3] != b"1":
         raise VersionNotSupported("Only HTTP/1.0 and HTTP/1.1 are spoken here.")
-    if len(lines) - 1 > MAX_HEADER_FIELDS:
-        raise HeadersTooLarge(f"There are more than {MAX_HEADER_FIELDS} header fields.")
+    if len(lines) - 1 > limits.max_header_fields:
+        raise HeadersTooLarge(f"There are more than {limits.max_header_fields} header fields.")
     headers = _parse_fields(lines[1:])
     is_http_1_0 = line[4] == b"0"
     if not _HOST.fullmatch(headers.get("host", "" if is_http_1_0 else "\n")):
@@ -2983,18 +3259,19 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         """Prepare the socket."""
-        settings = self.server.service.settings
+        self._limits = self.server.limits
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _set_socket_timeout(self.connection, socket.SO_RCVTIMEO, 1.0)
-        _set_socket_timeout(self.connection, socket.SO_SNDTIMEO, SEND_SECONDS)
-        self._head_seconds: float = settings["HEADER_SECONDS"]
-        self._body_seconds: float = settings["BODY_SECONDS"]
-        self._idle_seconds: float = settings["IDLE_SECONDS"]
-        self._max_body_bytes: int = settings["MAX_BODY_BYTES"]
+        _set_socket_timeout(self.connection, socket.SO_SNDTIMEO, self._limits.send_seconds)
         self._buffer = bytearray()
         self._head: Optional[Head] = None
-        self.is_idle = True
+        self.is_idle, self.idle_since = True, time.monotonic()
+        self.server.enter(self)
+
+    def finish(self) -> None:
+        """Be forgotten by the server."""
+        self.server.leave(self)
 
     def handle(self) -> None:
         """Serve the connection."""
@@ -3004,6 +3281,17 @@ class RequestHandler(socketserver.BaseRequestHandler):
         except (_Disconnected, OSError):
             pass
 
+    def close_if_idle(self) -> bool:
+        """Close the connection if no request is under way (called by the server); return whether it did."""
+        if not self.is_idle:
+            return False
+        self.is_idle = False
+        try:
+            self.connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return False
+        return True
+
     def _serve_request(self) -> bool:
         """Read and answer one request; return whether another may follow."""
         self._head = None
@@ -3011,7 +3299,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         try:
             raw = self._read_head()
             started = time.monotonic()
-            self._head = head = parse_head(raw)
+            self._head = head = parse_head(raw, self._limits)
             body = self._read_body(head)
         except CspError as error:
             self._send(Response.error(error), keeps_alive=False)
@@ -3045,13 +3333,13 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _read_head(self) -> bytes:
         """Return the bytes up to the empty line, without it."""
-        self.is_idle = not self._buffer
-        deadline = time.monotonic() + (self._idle_seconds if self.is_idle else self._head_seconds)
+        self.is_idle, self.idle_since = not self._buffer, time.monotonic()
+        deadline = time.monotonic() + (self._limits.idle_seconds if self.is_idle else self._limits.header_seconds)
         while True:
             while self._buffer.startswith(b"\r\n"):  # RFC 9112, section 2.2: ignore empty lines before a request
                 del self._buffer[:2]
             end = self._buffer.find(b"\r\n\r\n")
-            if 0 <= end <= MAX_HEAD_BYTES:
+            if 0 <= end <= self._limits.max_header_bytes:
                 head = bytes(self._buffer[:end])
                 del self._buffer[:end + 4]
                 self.is_idle = False
@@ -3065,20 +3353,20 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 raise
             if self.is_idle:
                 self.is_idle = False
-                deadline = time.monotonic() + self._head_seconds
+                deadline = time.monotonic() + self._limits.header_seconds
 
     def _check_partial_head(self) -> None:
         """Raise for a head that can no longer become a good one, so that its sender need not wait for the time."""
         line = self._buffer.find(b"\n")
-        if line < 0 and len(self._buffer) > MAX_REQUEST_LINE_BYTES:
-            raise UriTooLong(f"The request line is longer than {MAX_REQUEST_LINE_BYTES} bytes.")
+        if line < 0 and len(self._buffer) > self._limits.max_url_bytes:
+            raise UriTooLong(f"The request line is longer than {self._limits.max_url_bytes} bytes.")
         if line == 0 or (line > 0 and self._buffer[line - 1] != 13) or b"\n\n" in self._buffer:
             raise BadRequest("Lines have to end with CR and LF.")
-        if len(self._buffer) > MAX_HEAD_BYTES:
-            raise HeadersTooLarge(f"The header is larger than {MAX_HEAD_BYTES} bytes.")
+        if len(self._buffer) > self._limits.max_header_bytes:
+            raise HeadersTooLarge(f"The header is larger than {self._limits.max_header_bytes} bytes.")
 
     def _read_body(self, head: Head) -> bytes:
-        length = body_length(head, self._max_body_bytes)
+        length = body_length(head, self._limits.max_body_bytes)
         expectation = head.headers.get("expect", "").lower()
         if expectation and expectation != "100-continue":
             raise ExpectationFailed("The only expectation that is met is 100-continue.")
@@ -3087,7 +3375,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         return self._read_chunks() if length is None else self._read_bytes(length)
 
     def _body_deadline(self, length: int) -> float:
-        return time.monotonic() + self._body_seconds + length / BODY_BYTES_PER_SECOND
+        return time.monotonic() + self._limits.body_seconds + length / self._limits.body_bytes_per_second
 
     def _read_bytes(self, length: int) -> bytes:
         deadline = self._body_deadline(length) if len(self._buffer) < length else 0.0
@@ -3103,20 +3391,20 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _read_chunks(self) -> bytes:
         """Decode a chunked body (RFC 9112, section 7.1); trailers are checked and dropped."""
         body = bytearray()
-        started = time.monotonic() + self._body_seconds
+        started = time.monotonic() + self._limits.body_seconds
         while True:
-            deadline = started + len(body) / BODY_BYTES_PER_SECOND
+            deadline = started + len(body) / self._limits.body_bytes_per_second
             size = _CHUNK_SIZE.fullmatch(self._read_line(deadline))
             if size is None:
                 raise BadRequest("A chunk's size is malformed.")
             length = int(size[1], 16)
-            if len(body) + length > self._max_body_bytes:
-                raise PayloadTooLarge(f"The body is larger than {self._max_body_bytes:,} bytes.")
+            if len(body) + length > self._limits.max_body_bytes:
+                raise PayloadTooLarge(f"The body is larger than {self._limits.max_body_bytes:,} bytes.")
             if length == 0:
                 self._read_trailers(deadline)
                 return bytes(body)
             while len(self._buffer) < length + 2:
-                self._receive(deadline + length / BODY_BYTES_PER_SECOND)
+                self._receive(deadline + length / self._limits.body_bytes_per_second)
             if self._buffer[length:length + 2] != b"\r\n":
                 raise BadRequest("A chunk does not end where it says.")
             body += memoryview(self._buffer)[:length]
@@ -3134,7 +3422,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             self._receive(deadline)
 
     def _read_trailers(self, deadline: float) -> None:
-        for _ in range(MAX_HEADER_FIELDS):
+        for _ in range(self._limits.max_header_fields):
             line = self._read_line(deadline)
             if not line:
                 return
@@ -3227,11 +3515,15 @@ class Server(ThreadingHTTPServer):
         self.service = service
         self.trust = ProxyTrust(service.settings["TRUSTED_PROXIES"])
         self.is_stopping = False
+        self.limits = Limits.of(service.settings)
         self._max_connections: int = service.settings["MAX_CONNECTIONS"]
+        self._max_per_address: int = service.settings["MAX_CONNECTIONS_PER_ADDRESS"]
         self._accepted: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
-        self._lock = threading.Condition()  # guards the counts and _handlers
+        self._lock = threading.Condition()  # guards the next four
         self._spare_threads = 0
         self._connections = 0
+        self._per_address: Dict[str, int] = {}
+        self._handlers: Set[RequestHandler] = set()
         self._date = (0, "")
         host = service.settings["HOST"] if host is None else host
         port = service.settings["PORT"] if port is None else int(port)
@@ -3267,9 +3559,13 @@ class Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Give the connection to a spare thread or a new one; refuse it if there are too many."""
+        address = client_address[0]
         with self._lock:
-            is_full = self._connections >= self._max_connections
-            self._connections += not is_full
+            is_full = (self._connections >= self._max_connections and not self._close_an_idle_one()) or (
+                self._per_address.get(address, 0) >= self._max_per_address and not self.trust.is_trusted(address))
+            if not is_full:
+                self._connections += 1
+                self._per_address[address] = self._per_address.get(address, 0) + 1
             has_thread = self._spare_threads > 0
             self._spare_threads -= has_thread and not is_full
         if is_full:
@@ -3278,6 +3574,20 @@ class Server(ThreadingHTTPServer):
         self._accepted.put((request, client_address))
         if not has_thread:
             threading.Thread(target=self._serve_connections, name="csp-connection", daemon=True).start()
+
+    def _close_an_idle_one(self) -> bool:
+        idle = [handler for handler in self._handlers if handler.is_idle]
+        return bool(idle) and min(idle, key=lambda handler: handler.idle_since).close_if_idle()
+
+    def enter(self, handler: RequestHandler) -> None:
+        """Know a connection."""
+        with self._lock:
+            self._handlers.add(handler)
+
+    def leave(self, handler: RequestHandler) -> None:
+        """Forget a connection."""
+        with self._lock:
+            self._handlers.discard(handler)
 
     def _refuse(self, request: socket.socket) -> None:
         try:
@@ -3301,6 +3611,9 @@ class Server(ThreadingHTTPServer):
             with self._lock:
                 self._connections -= 1
                 self._spare_threads += 1
+                self._per_address[client_address[0]] -= 1
+                if not self._per_address[client_address[0]]:
+                    del self._per_address[client_address[0]]
                 self._lock.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -3313,6 +3626,8 @@ class Server(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         with self._lock:
+            for handler in self._handlers:
+                handler.close_if_idle()
             self._lock.wait_for(lambda: self._connections == 0, timeout_seconds)
 
     def server_close(self) -> None:
