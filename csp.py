@@ -920,10 +920,8 @@ _JOB_COLUMNS = ", ".join(Job._fields)
 _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "status = 'pending' AND run_at IS NULL"}
 _INSERT_JOB = f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
-_FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, run_at = NULL,
-    progress = coalesce(?, progress), callback_status = CASE WHEN result_url IS NOT NULL THEN 'pending' END,
-    callback_at = CASE WHEN result_url IS NOT NULL THEN ? END,
-    api_key = CASE WHEN result_url IS NOT NULL THEN api_key END
+_FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
+    callback_status = ?, callback_at = ?, api_key = ?, run_at = NULL
     WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
 _REQUEUE_JOB = f"UPDATE jobs SET run_at = ?, progress = NULL WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"
 _INSERT_LINE = """INSERT INTO logs (timestamp, message, level, module, funcName, lineno, job_id, seq)
@@ -1273,27 +1271,33 @@ class Store:
             return due, jobs[len(due)].run_at if len(due) < len(jobs) else None
         return self._write(operation)
 
-    def mark_finished(self, job: Job, outcome: Outcome, run: Optional[JobRun], then: Callable[[], None]) -> bool:
+    def mark_finished(self, job: Job, outcome: Outcome, run: Optional[JobRun], then: Callable[[], None],
+                      ) -> Optional[Job]:
         """End the job, with its log and its callback due, if it is still in the state (and attempt) of ``job``.
 
-        Return False, and change nothing, if it is not: it was cancelled, deleted or timed out, or runs again.
+        Return the finished job; or None, with nothing changed: it was cancelled, deleted or timed out, or runs again.
         """
         check_transition(job.state, outcome.status)
         now = time.time()
-        progress = run.progress if run is not None else None
+        has_callback = job.result_url is not None
+        finished = job._replace(
+            status=outcome.status, data=outcome.data, error=outcome.error, finished_timestamp=timestamp(now),
+            run_at=None, progress=job.progress if run is None or run.progress is None else run.progress,
+            callback_status=PENDING if has_callback else None, callback_at=now if has_callback else None,
+            api_key=job.api_key if has_callback else None)
 
-        def operation(transaction: Transaction) -> bool:
+        def operation(transaction: Transaction) -> Optional[Job]:
             if not transaction.execute(_FINISH_JOB[job.state], (
-                    outcome.status, outcome.data, outcome.error, timestamp(now), progress, now, job.seq, job.attempts,
-                    )).rowcount:
-                return False
+                    finished.status, finished.data, finished.error, finished.finished_timestamp, finished.progress,
+                    finished.callback_status, finished.callback_at, finished.api_key, job.seq, job.attempts)).rowcount:
+                return None
             if run is not None:
                 _add_lines(transaction, run)
             transaction.count(job.job_type, PENDING, -1)
-            transaction.count(job.job_type, outcome.status, 1)
+            transaction.count(job.job_type, finished.status, 1)
             transaction.touched.add(job.job_id)
             transaction.on_commit.append(then)
-            return True
+            return finished
         return self._write(operation)
 
     def mark_queued(self, job: Job, run_at: float, run: Optional[JobRun], then: Callable[[], None]) -> bool:
@@ -2028,8 +2032,10 @@ class Runner:
         self._executor.shutdown(wait=False)
         return is_done and not self._unrecorded
 
-    def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Outcome, Iterator[bytes]]]:
-        """Run a synchronous job in this thread; return its outcome, or a stream that ends the job when it ends.
+    def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Job, None, Iterator[bytes]]]:
+        """Run a synchronous job in this thread; return how it ended, or a stream that ends the job when it ends.
+
+        None stands for a job that was deleted meanwhile.
 
         ``is_new_id``: this service made the id, so that nobody can have taken it, and the commit of the pending row
         need not be waited for: it is durable with or before the outcome.
@@ -2048,8 +2054,7 @@ class Runner:
         if callable(outcome):
             return run, self._stream(job, run, outcome)
         added.wait()
-        self._finish(job, outcome, run)
-        return run, outcome
+        return run, self._finish(job, outcome, run)
 
     def cancel(self, job: Job) -> None:
         """Cancel the job: a queued one ends as an error, a running one is told to stop; raise Conflict if finished."""
@@ -2166,8 +2171,11 @@ class Runner:
             return lambda: None
         return functools.partial(self._notify_callback, job.callback_host, time.time())
 
-    def _finish(self, job: Job, outcome: Outcome, run: JobRun) -> bool:
-        """Record the outcome; if the disk cannot take it now, keep it and try again. Return whether it counted."""
+    def _finish(self, job: Job, outcome: Outcome, run: JobRun) -> Optional[Job]:
+        """Record the outcome and return the finished job, None if it did not count.
+
+        If the disk cannot take it now, it is kept and recorded later, and Unavailable is raised.
+        """
         run.ended = True
         try:
             return self._store.mark_finished(job, outcome, run, self._due(job))
@@ -2994,21 +3002,19 @@ class Service:
 
     def _run_now(self, job: Job, is_new_id: bool) -> Response:
         """Run a synchronous job and answer with it, or with the stream that it returned."""
-        run, outcome = self.runner.run_now(job, is_new_id)
-        if not isinstance(outcome, Outcome):
+        run, ended = self.runner.run_now(job, is_new_id)
+        if ended is not None and not isinstance(ended, Job):
             try:
-                first = next(outcome, b"")
+                first = next(ended, b"")
             except StreamBroken:
-                pass
+                ended = self.store.get_job(job.job_id)
             else:
-                return Response(200, _Prepended(first, outcome))
-        if job.result_url is not None:
-            self.store.wait_for_job(job.job_id, lambda job: bool(job.callback_attempts), FIRST_ATTEMPT_SECONDS)
-        stored = self.store.get_job(job.job_id)
-        if stored is None:
+                return Response(200, _Prepended(first, ended))
+        if ended is not None and ended.result_url is not None:
+            ended = self.store.wait_for_job(job.job_id, lambda job: bool(job.callback_attempts), FIRST_ATTEMPT_SECONDS)
+        if ended is None:
             raise NotFound("job_id not found")
-        logs = self.store.get_logs(stored) if run.line_count else ()
-        return Response(200, render_job(stored, logs, job_key=True))
+        return Response(200, render_job(ended, self.store.get_logs(ended) if run.line_count else (), job_key=True))
 
     def _find_job(self, request: Request, job_id: str) -> Job:
         """Return the job; raise NotFound, or Forbidden if the request may not see it."""
