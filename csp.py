@@ -2035,9 +2035,7 @@ class Runner:
     def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Job, None, Iterator[bytes]]]:
         """Run a synchronous job in this thread; return how it ended, or a stream that ends the job when it ends.
 
-        None stands for a job that was deleted meanwhile.
-
-        ``is_new_id``: this service made the id, so that nobody can have taken it, and the commit of the pending row
+        None stands for a job that was deleted meanwhile. ``is_new_id``: this service made the id, so that nobody can have taken it, and the commit of the pending row
         need not be waited for: it is durable with or before the outcome.
         """
         job_type = self._registry.get(job.job_type)
@@ -2048,12 +2046,12 @@ class Runner:
         run = self._begin(job, job_type.timeout)
         try:
             outcome = self._call(job_type, run, job.input)
+            added.wait()
         except BaseException:
             self._forget(run)
             raise
         if callable(outcome):
             return run, self._stream(job, run, outcome)
-        added.wait()
         return run, self._finish(job, outcome, run)
 
     def cancel(self, job: Job) -> None:
