@@ -3708,12 +3708,25 @@ def _example_type(registry: Registry) -> str:
     return "echo" if "echo" in names else (synchronous or names)[0]
 
 
+def _raise_file_limit(wanted: int) -> None:
+    """Let the process open as many files as its connections may need, as far as the system allows."""
+    try:
+        import resource
+    except ImportError:  # Windows knows no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def serve(settings: Settings, registry: Registry, host: Optional[str] = None, port: Optional[int] = None) -> int:
     """Serve until SIGTERM or Ctrl-C, then stop in order; return the exit code. Main thread only.
 
     Raises StartError if the service cannot start.
     """
     configure_logging(settings)
+    _raise_file_limit(settings["MAX_CONNECTIONS"] + settings["WORKERS"] * 8 + CALLBACK_THREADS + 100)
     service = Service(settings, registry)
     try:
         server = Server(service, host, port)
