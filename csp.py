@@ -2035,8 +2035,8 @@ class Runner:
     def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Job, None, Iterator[bytes]]]:
         """Run a synchronous job in this thread; return how it ended, or a stream that ends the job when it ends.
 
-        None stands for a job that was deleted meanwhile. ``is_new_id``: this service made the id, so that nobody can have taken it, and the commit of the pending row
-        need not be waited for: it is durable with or before the outcome.
+        None stands for a job that was deleted meanwhile. ``is_new_id``: this service made the id, so that nobody can
+        have taken it, and the pending row's commit need not be waited for: it is durable with or before the outcome.
         """
         job_type = self._registry.get(job.job_type)
         assert job_type is not None, "a submission has been checked"
@@ -3124,9 +3124,10 @@ ROUTES = (
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size and extensions
-LINGER_SECONDS = 1.0  # after a refusal: read on for so long, or the client's system may drop the answer unread
+LINGER_SECONDS = 1.0  # after a refusal: read on for so long, or the client's system may drop the answer unread,
+LINGER_BYTES = 2**20  # and not more than what may be on its way already
 BACKLOG = 1024  # connections that a burst may open before the first is accepted
-SPARE_THREAD_SECONDS = 10.0  # how long a connection thread waits for another connection
+SPARE_THREAD_SECONDS = 5.0  # how long a connection thread waits for another connection
 RECEIVE_BYTES = 65_536
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
@@ -3485,13 +3486,13 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _linger(self) -> None:
         """Let the client read a refusal before the connection goes: closing with unread bytes resets it."""
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while time.monotonic() < deadline:
+        deadline, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
+        while time.monotonic() < deadline and left > 0:
             try:
-                if not self.connection.recv(RECEIVE_BYTES):
-                    return
+                received = len(self.connection.recv(RECEIVE_BYTES))
             except (BlockingIOError, socket.timeout):
                 return
+            left -= received or left
 
     def _log_access(self, status: int, sent: int, started: float, address: Optional[str] = None) -> None:
         """Log in Common Log Format, without the query: it may hold what is nobody's business."""
