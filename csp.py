@@ -3132,6 +3132,7 @@ RECEIVE_BYTES = 65_536
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+_BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
@@ -3362,10 +3363,9 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _check_partial_head(self) -> None:
         """Raise for a head that can no longer become a good one, so that its sender need not wait for the time."""
-        line = self._buffer.find(b"\n")
-        if line < 0 and len(self._buffer) > self._limits.max_url_bytes:
+        if b"\n" not in self._buffer and len(self._buffer) > self._limits.max_url_bytes:
             raise UriTooLong(f"The request line is longer than {self._limits.max_url_bytes} bytes.")
-        if line == 0 or (line > 0 and self._buffer[line - 1] != 13) or b"\n\n" in self._buffer:
+        if _BARE_LF.search(self._buffer):
             raise BadRequest("Lines have to end with CR and LF.")
         if len(self._buffer) > self._limits.max_header_bytes:
             raise HeadersTooLarge(f"The header is larger than {self._limits.max_header_bytes} bytes.")
