@@ -247,7 +247,7 @@ class JobCancelled(BaseException):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_JSON_DEPTH = 100  # real submissions nest under ten deep; far below the interpreter's recursion limit of 1,000
-_JSON_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+_JSON_STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # in a text without escapes
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
@@ -276,10 +276,14 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_cons
 
 
 def _check_depth(body: bytes) -> None:
-    """Raise ValueError if ``body`` nests deeper than MAX_JSON_DEPTH: strip innermost pairs, a level at a time."""
+    """Raise ValueError if ``body`` nests deeper than MAX_JSON_DEPTH: strip innermost pairs, a level at a time.
+
+    A cleverer pattern for strings would need memory of fifty times the text to track back.
+    """
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return
-    brackets = _JSON_STRING.sub(b"", body).translate(None, _NOT_BRACKETS)
+    without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = _JSON_STRING.sub(b"", without_escapes).translate(None, _NOT_BRACKETS)
     for _ in range(MAX_JSON_DEPTH):
         inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
         if len(inner) == len(brackets):
@@ -350,8 +354,22 @@ def _optional_number(minimum: float, maximum: float) -> Callable[[Any], Any]:
 
 
 def _words(value: Any) -> Tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else value or ()
+    items = value.split(",") if isinstance(value, str) else () if value is None else value
+    if not isinstance(items, (list, tuple, set, frozenset)):
+        raise ValueError("has to be a list, or words with commas between")
     return tuple(str(item).strip() for item in items if str(item).strip())
+
+
+def _webhook_secret(value: Any) -> Optional[str]:
+    text = _optional_text(value)
+    if text is not None and text.startswith("whsec_"):
+        try:
+            is_key = bool(base64.b64decode(text[6:], validate=True))
+        except ValueError:
+            is_key = False
+        if not is_key:
+            raise ValueError("begins with whsec_, so base64 has to follow")
+    return text
 
 
 def _networks(value: Any) -> Tuple[str, ...]:
@@ -445,8 +463,8 @@ SETTINGS = (
     Setting("SSL_VERIFY", _flag, True, "verify the TLS certificates of callback receivers"),
     Setting("CALLBACK_HOSTS", _words, (), "where callbacks may go: nothing set means anywhere; `public` means no "
             "private, loopback or link-local address; else host names, addresses and networks"),
-    Setting("CALLBACK_SECRET", _optional_text, None, "signs callbacks with the three headers of Standard Webhooks 1.0: "
-            "`whsec_` and base64, or any text"),
+    Setting("CALLBACK_SECRET", _webhook_secret, None, "signs callbacks with the three headers of Standard Webhooks "
+            "1.0: `whsec_` and base64, or any text"),
     Setting("LOG_FILE", _optional_text, None, "log to this file, mode 0600, rotated at 64 MiB, five kept",
             "--log-file"),
     Setting("STDERR", _flag, True, "log to standard error"),
@@ -576,9 +594,8 @@ class Job(NamedTuple):
             return self.status
         return RUNNING if self.run_at is None else QUEUED
 
-    @property
-    def input(self) -> Dict[str, Any]:
-        """The submitted object, as the job's function gets it."""
+    def read_input(self) -> Dict[str, Any]:
+        """Return the submitted object, as the job's function gets it."""
         value = {"job_type": self.job_type, "api_key": self.api_key}
         for key, text in (("data", self.sent_data), ("metadata", self.metadata)):
             if text is not None:
@@ -727,6 +744,7 @@ class JobRun:
         self.job_id, self.seq, self.attempt = job_id, seq, attempt
         self.cancelled = threading.Event()
         self.ended = False
+        self.old_loggers = frozenset() if _MADE_ID.fullmatch(job_id) else frozenset(_loggers_named_by(job_id))
         self.handlers: List[StoringHandler] = []
         self.lines: Deque[LogLine] = deque()  # not yet on disk; only the store's writer removes
         self.line_count = 0
@@ -766,8 +784,8 @@ class JobRun:
         self.ended = True
         if _runs.get(self.job_id) is self:
             del _runs[self.job_id]
-        if self.handlers:
-            _detach_handlers(self)
+        if self.handlers or self.job_id in logging.root.manager.loggerDict:
+            _clean_loggers(self)
 
 
 _current_run: contextvars.ContextVar[Optional[JobRun]] = contextvars.ContextVar("csp_run", default=None)
@@ -808,7 +826,7 @@ class StoringHandler(logging.Handler):
         try:
             message = self.format(record)
         except Exception as error:  # noqa: BLE001 - a job's bad log call is no reason to fail the job
-            message = f"{record.msg!r} % {record.args!r} ({type(error).__name__})"
+            message = f"{record.msg if isinstance(record.msg, str) else ''} ({type(error).__name__} in logging)"
         run.add_line(LogLine(timestamp(record.created), clean(message), record.levelname, record.module,
                              str(record.funcName), record.lineno))
 
@@ -824,19 +842,28 @@ class StoringHandler(logging.Handler):
         return True
 
 
-def _detach_handlers(run: JobRun) -> None:
+_MADE_ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # ours: no logger can have had that name before
+
+
+def _loggers_named_by(job_id: str) -> List[str]:
+    """Return the names of loggers that have the id between their dots, or are it."""
+    return [name for name in list(logging.root.manager.loggerDict) if f".{job_id}." in f".{name}."]
+
+
+def _clean_loggers(run: JobRun) -> None:
     """Remove the run's handlers from all loggers, and loggers that were made for this job alone (named by its id)."""
     known = logging.root.manager.loggerDict
-    for name, logger in [("", logging.root), *known.items()]:
+    own = set(_loggers_named_by(run.job_id)) - run.old_loggers
+    for logger in [logging.root, *known.values()]:
         if isinstance(logger, logging.PlaceHolder):
-            for child in [child for child in logger.loggerMap if run.job_id in child.name]:
+            for child in [child for child in logger.loggerMap if child.name in own]:
                 del logger.loggerMap[child]
             continue
         for handler in run.handlers:
             if handler in logger.handlers:
                 logger.removeHandler(handler)
-        if run.job_id in name:
-            known.pop(name, None)
+    for name in own:
+        known.pop(name, None)
     for handler in run.handlers:
         handler.close()
 
@@ -877,9 +904,10 @@ CLEAR_SLICE = 500  # jobs deleted in one transaction, so that nobody waits behin
 
 _SCHEMA = (
     """CREATE TABLE jobs (
-        seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE, job_type TEXT, status TEXT NOT NULL, sent_data TEXT,
-        data, error TEXT, metadata TEXT, result_url TEXT, api_key, job_key TEXT, requested_timestamp TEXT,
-        started_timestamp TEXT, finished_timestamp TEXT, run_at REAL, attempts INTEGER NOT NULL DEFAULT 0,
+        seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE, job_type TEXT NOT NULL, status TEXT NOT NULL,
+        sent_data TEXT, data, error TEXT, metadata TEXT, result_url TEXT, api_key, job_key TEXT,
+        requested_timestamp TEXT, started_timestamp TEXT, finished_timestamp TEXT, run_at REAL,
+        attempts INTEGER NOT NULL DEFAULT 0,
         synchronous INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0, progress TEXT,
         callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0, callback_error TEXT, callback_at REAL,
         callback_host TEXT, resubmitted_from TEXT)""",
@@ -889,8 +917,8 @@ _SCHEMA = (
     "CREATE INDEX jobs_by_finish ON jobs (finished_timestamp) WHERE finished_timestamp IS NOT NULL",
     "CREATE INDEX jobs_by_callback ON jobs (callback_host, callback_at) WHERE callback_at IS NOT NULL",
     """CREATE TABLE metadata (
-        job_id TEXT NOT NULL, key TEXT NOT NULL, value TEXT, type TEXT,
-        seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE, PRIMARY KEY (seq, key)) WITHOUT ROWID""",
+        seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE, key TEXT NOT NULL, job_id TEXT NOT NULL,
+        value TEXT, type TEXT, PRIMARY KEY (seq, key)) WITHOUT ROWID""",
     "CREATE INDEX metadata_by_value ON metadata (key, value, seq)",
     """CREATE TABLE logs (
         log_id INTEGER PRIMARY KEY, job_id TEXT NOT NULL, timestamp TEXT, message TEXT, level TEXT, module TEXT,
@@ -903,9 +931,10 @@ _SCHEMA = (
 _FROM_PREDECESSOR = (
     """INSERT INTO jobs (job_id, job_type, status, sent_data, data, error, metadata, result_url, api_key, job_key,
         requested_timestamp, finished_timestamp, run_at, callback_host)
-        SELECT job_id, job_type, coalesce(status, 'error'), as_json(sent_data), as_json(data), as_error(error),
-        CASE WHEN EXISTS (SELECT 1 FROM old_metadata m WHERE m.job_id = j.job_id) THEN as_object((
-            SELECT json_pairs(key, value, type) FROM old_metadata m WHERE m.job_id = j.job_id)) END,
+        SELECT job_id, coalesce(job_type, ''), coalesce(status, 'error'), as_json(sent_data), as_json(data),
+        as_error(error),
+        CASE WHEN EXISTS (SELECT 1 FROM old_metadata m WHERE m.job_id = j.job_id) THEN (
+            SELECT json_pairs(key, value, type) FROM old_metadata m WHERE m.job_id = j.job_id) END,
         nullif(result_url, ''), CASE status WHEN 'pending' THEN api_key END, job_key, as_time(requested_timestamp),
         as_time(finished_timestamp), CASE status WHEN 'pending' THEN 0 END, as_host(result_url)
         FROM old_jobs j ORDER BY requested_timestamp, rowid""",
@@ -914,7 +943,7 @@ _FROM_PREDECESSOR = (
     """INSERT INTO logs (job_id, timestamp, message, level, module, funcName, lineno, seq)
         SELECT l.job_id, as_time(timestamp), coalesce(message, ''), level, module, funcName, lineno, seq
         FROM old_logs l JOIN jobs USING (job_id) ORDER BY l.rowid""",
-    "INSERT INTO counts SELECT coalesce(job_type, ''), status, count(*) FROM jobs GROUP BY 1, 2",
+    "INSERT INTO counts SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2",
 )
 _JOB_COLUMNS = ", ".join(Job._fields)
 _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "status = 'pending' AND run_at IS NULL"}
@@ -1193,7 +1222,8 @@ class Store:
 
     def list_running(self) -> List[Job]:
         """Return the jobs that are marked as running, oldest first."""
-        return [Job._make(row) for row in self._read(f"{_SELECT_JOB} WHERE {_IN_STATE[RUNNING]} ORDER BY seq")]
+        return [Job._make(row) for row in self._read(
+            f"{_SELECT_JOB} INDEXED BY jobs_running WHERE {_IN_STATE[RUNNING]} ORDER BY seq")]
 
     def list_callback_hosts(self) -> List[Tuple[str, float]]:
         """Return (host, earliest epoch seconds) for every host that a callback is due to, now or later."""
@@ -1363,7 +1393,7 @@ class Store:
             rows = transaction.execute("SELECT job_type, status FROM jobs WHERE seq = ?", (job.seq,)).fetchall()
             transaction.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
             for job_type, status in rows:
-                transaction.count(job_type or "", status, -1)
+                transaction.count(job_type, status, -1)
             transaction.touched.add(job.job_id)
             return bool(rows)
         return self._write(operation)
@@ -1376,7 +1406,7 @@ class Store:
                 ORDER BY finished_timestamp LIMIT ?""", (before, CLEAR_SLICE)).fetchall()
             transaction.executemany("DELETE FROM jobs WHERE seq = ?", [(seq,) for seq, _, _ in rows])
             for _, job_type, status in rows:
-                transaction.count(job_type or "", status, -1)
+                transaction.count(job_type, status, -1)
             return len(rows)
         deleted = part = self._write(operation)
         while part == CLEAR_SLICE:
@@ -1484,6 +1514,9 @@ def _check_database(path: str) -> None:
         return
     if not os.access(path, os.R_OK | os.W_OK) or os.path.isdir(path):
         raise StartError(f"The database {path} is not a file that may be read and written.")
+    with open(path, "rb") as file:
+        if file.read(16) not in (b"", b"SQLite format 3\0"):  # SQLite itself takes a very short file for a new database
+            raise StartError(f"The file {path} is not a database; choose another with --db.")
     connection = sqlite3.connect(f"file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro", uri=True)
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -1557,11 +1590,16 @@ def _as_error(text: Optional[str]) -> Optional[str]:
     value = None if text is None else json.loads(_as_json(text) or "null")
     if value is None:
         return None
-    return to_json(value if isinstance(value, dict) else {"message": str(value)})
+    if isinstance(value, dict) and isinstance(value.get("message"), str):
+        return to_json(value)
+    return to_json({"message": value if isinstance(value, str) else to_json(value)})
 
 
 def _as_time(text: Optional[str]) -> Optional[str]:
-    return None if text is None else text.replace(" ", "T", 1)[:26] + ("" if "." in text else ".000000")
+    if text is None:
+        return None
+    whole, _, fraction = text.replace(" ", "T", 1).partition(".")
+    return f"{whole}.{fraction[:6]:0<6}"
 
 
 def _as_host(url: Optional[str]) -> Optional[str]:
@@ -1921,27 +1959,30 @@ STOPPED = "The service stopped while the job was running."
 
 
 def error_document(error: BaseException) -> str:
-    """Return the JSON text of the error object that a job shows for what its function raised."""
-    if isinstance(error, JobError):
-        try:
-            document = error.as_dict()
-            if isinstance(document, dict) and isinstance(document.get("message"), str):
-                return to_json(document)
-        except (TypeError, ValueError, RecursionError, AttributeError):
-            pass
-        return to_json({"message": _safe_text(getattr(error, "message", error))})
-    text = _safe_text(error)
-    lines = traceback.format_exception(type(error), error, error.__traceback__)
-    message = type(error).__name__ + (f": {text}" if text else "")
-    return to_json({"message": message, "traceback": clean("".join(lines))})
+    """Return the JSON text of the error object that a job shows for what its function raised; never raises.
+
+    ``as_dict`` and ``__str__`` are the job author's code and may do anything.
+    """
+    try:
+        if not isinstance(error, JobError):
+            lines = traceback.format_exception(type(error), error, error.__traceback__)
+            text = _safe_text(error)
+            message = type(error).__name__ + (f": {text}" if text else "")
+            return to_json({"message": message, "traceback": clean("".join(lines))})
+        document = error.as_dict()
+        if isinstance(document, dict) and isinstance(document.get("message"), str):
+            return to_json(document)
+    except Exception:  # noqa: BLE001 - part of the job run, which has to end somehow
+        log.debug("an error of type %s cannot describe itself", type(error).__name__)
+    return to_json({"message": _safe_text(getattr(error, "message", "")) or type(error).__name__})
 
 
 def _safe_text(value: Any) -> str:
-    """Return ``str(value)``, also where that raises or returns something else."""
+    """Return ``str(value)``; where that raises or is no string, nothing."""
     try:
         return clean(str(value))
     except Exception:  # noqa: BLE001 - part of the job run: __str__ is the job author's code
-        return clean(repr(getattr(value, "args", "")))
+        return ""
 
 
 def encode_result(result: Any) -> Union[str, bytes, None]:
@@ -1960,12 +2001,12 @@ def encode_result(result: Any) -> Union[str, bytes, None]:
     return data
 
 
-def call_function(function: Callable[[str, Dict[str, Any]], Any], run: JobRun, input: Dict[str, Any],
+def call_function(function: Callable[[str, Dict[str, Any]], Any], run: JobRun, read_input: Callable[[], Dict[str, Any]],
                   streams: bool) -> Union[Outcome, Callable[[], Iterable[Any]]]:
     """Run the job's function to its outcome, whatever it does; if it ``streams``, a callable result is returned."""
     token = _current_run.set(run)
     try:
-        result = function(run.job_id, input)
+        result = function(run.job_id, read_input())
         if streams and callable(result):
             stream: Callable[[], Iterable[Any]] = result
             return stream
@@ -2045,7 +2086,7 @@ class Runner:
             added.wait()
         run = self._begin(job, job_type.timeout)
         try:
-            outcome = self._call(job_type, run, job.input)
+            outcome = self._call(job_type, run, job.read_input)
             added.wait()
         except BaseException:
             self._forget(run)
@@ -2120,7 +2161,7 @@ class Runner:
             self._executor.submit(self._work, job, job_type, run)
 
     def _work(self, job: Job, job_type: JobType, run: JobRun) -> None:
-        outcome = call_function(job_type.function, run, job.input, streams=False)
+        outcome = call_function(job_type.function, run, job.read_input, streams=False)
         assert isinstance(outcome, Outcome)
         if outcome.may_retry and job.attempts <= job_type.retries and not run.cancelled.is_set():
             self._retry(job, outcome, run)
@@ -2244,12 +2285,12 @@ class Runner:
 
     # -- synchronous jobs
 
-    def _call(self, job_type: JobType, run: JobRun, input: Dict[str, Any],
+    def _call(self, job_type: JobType, run: JobRun, read_input: Callable[[], Dict[str, Any]],
               ) -> Union[Outcome, Callable[[], Iterable[Any]]]:
         """Call the function in this thread or, where it has a timeout, in one that can be left behind."""
         if job_type.timeout is None:
-            return call_function(job_type.function, run, input, streams=True)
-        future = self._executor.submit(call_function, job_type.function, run, input, True)
+            return call_function(job_type.function, run, read_input, streams=True)
+        future = self._executor.submit(call_function, job_type.function, run, read_input, True)
         try:
             return future.result(job_type.timeout)
         except FutureTimeoutError:
@@ -3064,7 +3105,7 @@ class Service:
         body = read_body(request) if request.body else {}
         if set(body) - {"api_key"}:
             raise Conflict("Too many arguments. The body may hold an api_key and nothing else")
-        again = {**job.input, "api_key": body.get("api_key", job.api_key)}
+        again = {**job.read_input(), "api_key": body.get("api_key", job.api_key)}
         return self._submit(check_submission(again, self.registry), origin=job.job_id)
 
     def send_callback(self, request: Request, job_id: str) -> Response:
@@ -3870,10 +3911,10 @@ def _run_once(arguments: Sequence[str]) -> int:
     except ValueError as error:
         raise StartError(f"The data for --run is not JSON: {error}.") from None
     run = JobRun("command-line", 0, 1, _print_lines, lambda: None)
-    outcome = call_function(job_type.function, run, input, streams=job_type.synchronous)
+    outcome = call_function(job_type.function, run, lambda: input, streams=job_type.synchronous)
     if not isinstance(outcome, Outcome):
         stream = outcome
-        outcome = call_function(lambda task_id, input: _print_stream(stream()), run, input, streams=False)
+        outcome = call_function(lambda task_id, input: _print_stream(stream()), run, lambda: input, streams=False)
         assert isinstance(outcome, Outcome)
     run.end()
     if outcome.error is not None:
