@@ -2138,13 +2138,14 @@ class Runner:
 
     def _turn(self, free: int) -> Optional[float]:
         """Do what is to be done now; return in how many seconds there may be more, None if only a wake can tell."""
-        waits = [self._end_late_runs(), self._write_progress(), self._record_again()]
+        waits: List[Optional[float]] = []
         if free > 0:
             jobs, next_at = self._store.claim_jobs(free, time.time())
             for job in jobs:
                 self._start(job)
             if len(jobs) < free and next_at is not None:
                 waits.append(max(0.0, next_at - time.time()))
+        waits += [self._end_late_runs(), self._write_progress(), self._record_again()]  # knows the runs just started
         return min((wait for wait in waits if wait is not None), default=None)
 
     def _start(self, job: Job) -> None:
