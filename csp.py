@@ -248,6 +248,7 @@ class JobCancelled(BaseException):
 
 MAX_JSON_DEPTH = 100  # real submissions nest under ten deep; far below the interpreter's recursion limit of 1,000
 _JSON_STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # in a text without escapes
+_TOO_DEEP = re.compile(rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1))  # seen at once; the rest takes a pass for each level
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
@@ -284,6 +285,8 @@ def _check_depth(body: bytes) -> None:
         return
     without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = _JSON_STRING.sub(b"", without_escapes).translate(None, _NOT_BRACKETS)
+    if _TOO_DEEP.search(brackets):
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
     for _ in range(MAX_JSON_DEPTH):
         inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
         if len(inner) == len(brackets):
@@ -320,6 +323,12 @@ def timestamp(epoch_seconds: float) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _text(value: Any) -> str:
+    return str(value)
+
+
+def _host(value: Any) -> str:
+    if not str(value):
+        raise ValueError("has to be an address; 0.0.0.0 or :: for all")
     return str(value)
 
 
@@ -389,10 +398,10 @@ def _origins(value: Any) -> Tuple[str, ...]:
 
 def database_path(uri: str) -> Optional[str]:
     """Return the file that a database URI or plain path names, None for one in memory; raise ValueError if neither."""
+    if uri in ("sqlite://", "sqlite:///:memory:", ":memory:"):
+        return None
     if "://" not in uri:
         return uri
-    if uri in ("sqlite://", "sqlite:///:memory:"):
-        return None
     if not uri.startswith("sqlite:///") or uri == "sqlite:///":
         raise ValueError("has to be sqlite:///relative/path, sqlite:////absolute/path or sqlite://, "
                          "because jobs are stored in SQLite and in nothing else")
@@ -418,7 +427,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("NAME", _text, "csp", "name of the service, shown by `/status`", "--name"),
-    Setting("HOST", _text, "127.0.0.1", "address to listen on; `0.0.0.0` or `::` for all", "--host"),
+    Setting("HOST", _host, "127.0.0.1", "address to listen on; `0.0.0.0` or `::` for all", "--host"),
     Setting("PORT", _number(0, 65535), 8000, "port to listen on; 0 picks a free one", "--port"),
     Setting("USERNAME", _text, "admin", "the administrator's name"),
     Setting("PASSWORD", _optional_text, None, "the administrator's password, or its hash from `--hash-password`; "
@@ -500,9 +509,11 @@ def _read_settings_file(path: str) -> Dict[str, Any]:
     """Run a Python settings file and return its upper-case names."""
     names: Dict[str, Any] = {"__file__": path, "__name__": "csp_settings"}
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), names)
+        source = Path(path).read_bytes()
     except OSError as error:
         raise StartError(f"The settings file {path} cannot be read: {error.strerror}.") from None
+    try:
+        exec(compile(source, path, "exec"), names)
     except Exception as error:
         raise StartError(f"The settings file {path} fails: {type(error).__name__}: {error}.") from error
     return {name: value for name, value in names.items() if name.isupper()}
@@ -3891,12 +3902,16 @@ def load_jobs(name: str) -> None:
         path = Path(name).resolve()
         sys.path.insert(0, str(path.parent))
         importlib.import_module(path.stem)
+    except StartError:
+        raise
     except ImportError as error:
         raise StartError(f"The job module {name} cannot be imported: {error}.") from None
-    except ValueError as error:
-        raise StartError(f"The job module {name} cannot be used: {error}.") from None
     except SyntaxError as error:
         raise StartError(f"The job module {name} has a syntax error: {error}.") from None
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise StartError(f"The job module {name} fails: {type(error).__name__}: {_safe_text(error)} "
+                         f"({line.filename}, line {line.lineno}).") from error
 
 
 def _run_once(arguments: Sequence[str]) -> int:

@@ -1,0 +1,5249 @@
+"""Tests of csp.py, in the order of its parts. Run with pytest; real sockets, real SQLite files, real processes."""
+
+import ast
+import base64
+import contextlib
+import dis
+import gc
+import hashlib
+import hmac
+import http
+import http.client
+import http.server
+import importlib
+import json
+import logging
+import os
+import queue
+import random
+import re
+import resource
+import signal
+import socket
+import sqlite3
+import struct
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.parse
+import uuid
+from pathlib import Path
+
+import pytest
+
+import csp
+
+HERE = Path(csp.__file__).resolve().parent
+PROGRAM = Path(csp.__file__).resolve()
+PATIENCE_SECONDS = 30.0  # how long anything may take before a test fails; nothing sleeps for it
+IN_CI = bool(os.environ.get("CI"))
+
+
+def eventually(condition, timeout_seconds=PATIENCE_SECONDS):
+    """Return the first truthy value of ``condition()``; fail if there is none in time. The one bounded poll."""
+    deadline = time.monotonic() + timeout_seconds
+    pause = threading.Event()
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.01)
+
+
+class Answer:
+    """An HTTP answer: ``status``, ``headers`` (case-insensitive), ``body`` (bytes), ``json``."""
+
+    def __init__(self, status, headers, body):
+        self.status, self.headers, self.body = status, headers, body
+
+    @property
+    def json(self):
+        return json.loads(self.body.decode("utf-8"))
+
+    @property
+    def error(self):
+        return self.json["error"]
+
+
+class Client:
+    """Talks to a service over a real socket, a connection per request; redirects are not followed."""
+
+    def __init__(self, url):
+        self.url = url
+        parts = urllib.parse.urlsplit(url)
+        self.host, self.port = parts.hostname, parts.port
+
+    def request(self, method, path, body=None, headers=None, timeout=PATIENCE_SECONDS):
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def get(self, path, key=None, **headers):
+        return self.request("GET", path, headers=with_key(key, headers))
+
+    def post(self, path, value=None, key=None, **headers):
+        body = None if value is None else json.dumps(value)
+        return self.request("POST", path, body, with_key(key, {"Content-Type": "application/json", **headers}))
+
+    def delete(self, path, key=None, **headers):
+        return self.request("DELETE", path, headers=with_key(key, headers))
+
+    def submit(self, job_type, data=None, job_id=None, api_key="secret-api-key", **more):
+        """Submit and return the job; the answer has to be 200."""
+        body = {"job_type": job_type, "api_key": api_key, **more}
+        if data is not None:
+            body["data"] = data
+        answer = self.post("/job" if job_id is None else "/job/" + urllib.parse.quote(job_id, safe=""), body)
+        assert answer.status == 200, answer.body
+        return answer.json
+
+    def show(self, job):
+        """Return the job as it is now."""
+        answer = self.get("/job/" + urllib.parse.quote(job["job_id"], safe=""), key=job["job_key"])
+        assert answer.status == 200, answer.body
+        return answer.json
+
+    def finish(self, job, timeout_seconds=PATIENCE_SECONDS):
+        """Return the job once it is complete or error."""
+
+        def finished():
+            current = self.show(job)
+            return current["status"] != "pending" and current
+
+        return eventually(finished, timeout_seconds)
+
+
+def with_key(key, headers):
+    return headers if key is None else {**headers, "Authorization": key}
+
+
+def basic(username, password):
+    """Return the value of a Basic Authorization header."""
+    return "Basic " + base64.b64encode(f"{username}:{password}".encode("utf-8")).decode("ascii")
+
+
+ADMIN = basic("admin", "correct horse battery staple")
+SECURE_KEY = "the-secure-key-of-the-tests"
+SETTINGS = {
+    "PORT": 0,
+    "PASSWORD": "correct horse battery staple",
+    "SECRET_KEY": SECURE_KEY,
+    "STDERR": False,
+    "GRACE_SECONDS": 5,
+    "NAME": "tests",
+}
+
+
+class RunningService:
+    """A service and its server in this process: ``service``, ``server``, ``client``, ``registry``, ``path`` (of the
+    database file), ``stop()``."""
+
+    def __init__(self, path, registry, **settings):
+        self.path, self.registry = path, registry
+        self.settings = csp.Settings(
+            {**SETTINGS, "SQLALCHEMY_DATABASE_URI": str(path) if path else "sqlite://", **settings}
+        )
+        self.service = csp.Service(self.settings, registry)
+        self.server = csp.Server(self.service)
+        self.client = Client(self.server.url)
+        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.02,))
+        self._thread.start()
+        self._is_stopped = False
+
+    def stop(self, grace_seconds=5.0):
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        self.server.stop(grace_seconds)
+        self._thread.join()
+        self.service.close(grace_seconds)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Return a function that starts a service: ``start(registry, path=tmp_path/"jobs.db", **settings)``. A service
+    still running at the end of the test is stopped."""
+    running = []
+
+    def start_service(registry=None, path=tmp_path / "jobs.db", **settings):
+        running.append(RunningService(path, registry or example_registry(), **settings))
+        return running[-1]
+
+    yield start_service
+    for service in running:
+        service.stop()
+
+
+@pytest.fixture
+def service(start):
+    """A running service with ``example_registry()``."""
+    return start()
+
+
+@pytest.fixture
+def client(service):
+    """A client of ``service``."""
+    return service.client
+
+
+def example_registry():
+    """Return job types that the tests share: echo, async_echo (as documented), fail, wait (until released), log."""
+    registry = csp.Registry()
+
+    @registry.synchronous
+    def echo(task_id, input):
+        handler = csp.StoringHandler(task_id, input)
+        logger = logging.getLogger("test_csp.echo")
+        logger.addHandler(handler)
+        if not isinstance(input.get("data"), str):
+            return input.get("data")
+        if input["data"].startswith(">"):
+            raise csp.JobError("do not start message with >")
+        if input["data"].startswith("#"):
+            raise Exception("serious exception")
+        if input["data"].startswith("&"):
+            logger.warning("just a warning")
+        return ">" + input["data"]
+
+    @registry.asynchronous
+    def async_echo(task_id, input):
+        return echo(task_id, input)
+
+    return registry
+
+
+class Receiver:
+    """A callback receiver on a real port: ``url``; ``received`` is a list of (headers, JSON body) in order; ``answers``
+    may be set to a function of the number of the request (from 0) that returns status and headers."""
+
+    def __init__(self):
+        self.received = []
+        self.answers = lambda number: (200, {})
+        receiver = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                with receiver._lock:
+                    number = len(receiver.received)
+                    receiver.received.append((self.headers, json.loads(body.decode("utf-8"))))
+                status, headers = receiver.answers(number)
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, *arguments):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            request_queue_size = 512
+            daemon_threads = True
+
+        self._lock = threading.Lock()
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/callback"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def wait(self, count=1):
+        """Return what was received once there are ``count``."""
+        eventually(lambda: len(self.received) >= count)
+        return self.received
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def receiver():
+    """A running Receiver."""
+    receiver = Receiver()
+    yield receiver
+    receiver.stop()
+
+
+class Process:
+    """``python csp.py`` as a process of its own: ``url``, ``client``, ``banner`` (what it printed), ``kill()``,
+    ``terminate()`` (returns the exit code). Its log goes to ``directory/log``."""
+
+    def __init__(self, directory, *arguments, environ=None, python=sys.executable, cwd=None):
+        self.log = Path(directory) / "log"
+        environ = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "CSP_PASSWORD": SETTINGS["PASSWORD"],
+            "CSP_SECRET_KEY": SECURE_KEY,
+            "CSP_GRACE_SECONDS": "5",
+            **(environ or {}),
+        }
+        with open(self.log, "ab") as log:
+            self.process = subprocess.Popen(
+                [python, str(PROGRAM), "--port", "0", *map(str, arguments)],
+                cwd=str(cwd or directory),
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        self.banner = []
+        while not self.banner or not self.banner[-1].startswith("Try it:"):
+            line = self.process.stdout.readline().decode("utf-8")
+            assert line, f"it did not start: {self.log.read_text()}"
+            self.banner.append(line)
+        self.url = re.search(r"http://\S+", self.banner[0])[0]
+        self.client = Client(self.url)
+
+    def kill(self):
+        """SIGKILL, as a crash; harmless if it has ended."""
+        self.process.kill()
+        self.process.wait(PATIENCE_SECONDS)
+        self.process.stdout.close()
+
+    def terminate(self):
+        """SIGTERM; return the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_SECONDS)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Return a function that starts a Process with ``--db tmp_path/jobs.db`` and a job module made of ``source``."""
+    processes = []
+
+    def launch_process(source, *arguments, **options):
+        (tmp_path / "my_jobs.py").write_text(textwrap.dedent(source), encoding="utf-8")
+        processes.append(Process(tmp_path, "--jobs", "my_jobs", "--db", tmp_path / "jobs.db", *arguments, **options))
+        return processes[-1]
+
+    yield launch_process
+    for process in processes:
+        process.kill()
+
+
+def run_command(*arguments, input=None, cwd=None, environ=None):
+    """Run ``python csp.py ARGUMENTS`` to its end; return the CompletedProcess with text output."""
+    return subprocess.run(
+        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        input=input,
+        cwd=cwd and str(cwd),
+        env={**os.environ, **(environ or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=PATIENCE_SECONDS,
+    )
+
+
+def raw_exchange(url, data, timeout=5.0):
+    """Send bytes on a new connection; return all bytes that come back until the server closes or is quiet."""
+    parts = urllib.parse.urlsplit(url)
+    received = b""
+    with socket.create_connection((parts.hostname, parts.port), timeout=timeout) as connection:
+        connection.sendall(data)
+        with contextlib.suppress(OSError):
+            while True:
+                part = connection.recv(65536)
+                if not part:
+                    break
+                received += part
+    return received
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The source
+# ---------------------------------------------------------------------------------------------------------------------
+
+SOURCE = PROGRAM.read_text(encoding="utf-8")
+TREE = ast.parse(SOURCE)
+BANNER = re.compile(r"^# -{50,}\n# (.+)\n(?:#.*\n)*?# -{50,}$", re.MULTILINE)
+PARTS = [("", 0)] + [(banner[1], SOURCE.count("\n", 0, banner.start()) + 1) for banner in BANNER.finditer(SOURCE)]
+# sys.stdlib_module_names is there from Python 3.10 on; the list is for older ones and has what csp.py may use
+STANDARD_LIBRARY = getattr(
+    sys,
+    "stdlib_module_names",
+    frozenset(
+        """ resource
+    __future__ argparse ast base64 binascii collections concurrent contextlib contextvars copy datetime email errno
+    fcntl functools getpass hashlib heapq hmac html http importlib inspect io ipaddress itertools json logging math
+    mimetypes operator os pathlib platform queue random re secrets select selectors shlex shutil signal socket
+    socketserver sqlite3 ssl stat string struct subprocess sys tempfile textwrap threading time traceback types typing
+    urllib uuid warnings weakref wsgiref zlib""".split()
+    ),
+)
+
+
+def part_of(node):
+    """Return the number of the part that a node of TREE stands in; 0 is what comes before the first banner."""
+    return max(number for number, (_, line) in enumerate(PARTS) if line <= node.lineno)
+
+
+def part_called(title):
+    return [name for name, _ in PARTS].index(title)
+
+
+def names_of(statement):
+    """Return the module-level names that a top-level statement defines, and those it uses when it or its code runs."""
+    future = ast.Module(body=[TREE.body[1], statement], type_ignores=[])
+    code = compile(future, str(PROGRAM), "exec")
+    defined = {step.argval for step in dis.get_instructions(code) if step.opname in ("STORE_NAME", "STORE_GLOBAL")}
+    return defined - {"annotations", "__annotations__"}, global_loads(code) - {"__annotations__"}
+
+
+def global_loads(code):
+    steps = list(dis.get_instructions(code))
+    own = {step.argval for step in steps if step.opname == "STORE_NAME"} if code.co_name != "<module>" else set()
+    loads = {step.argval for step in steps if step.opname in ("LOAD_NAME", "LOAD_GLOBAL")} - own
+    return loads.union(*(global_loads(constant) for constant in code.co_consts if hasattr(constant, "co_code")))
+
+
+def uses_outside(root, attribute, titles):
+    """Return the lines where ``root`` (or ``root.attribute``) is used, annotations aside, outside the titled parts."""
+    allowed = {part_called(title) for title in titles} | {0}
+    lines = []
+    for statement in TREE.body:
+        if part_of(statement) in allowed or root not in names_of(statement)[1]:
+            continue
+        lines += [
+            node.lineno
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == root
+            and attribute in (None, node.attr)
+        ]
+        lines += [statement.lineno] if attribute is None else []
+    return lines
+
+
+def is_function(node):
+    return isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+
+
+class TestSource:
+    def test_the_first_statements_are_the_docstring_and_the_future_import(self):
+        assert ast.get_docstring(TREE)
+        assert isinstance(TREE.body[1], ast.ImportFrom) and TREE.body[1].module == "__future__"
+
+    def test_it_imports_the_standard_library_only(self):
+        modules = {}
+        for node in ast.walk(TREE):
+            if isinstance(node, ast.Import):
+                modules.update((alias.name.partition(".")[0], node.lineno) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"relative import in line {node.lineno}"
+                modules[node.module.partition(".")[0]] = node.lineno
+        assert {name: line for name, line in modules.items() if name not in STANDARD_LIBRARY} == {}
+
+    def test_it_has_no_global_statement(self):
+        assert [node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Global)] == []
+
+    def test_the_docstring_lists_the_parts_in_their_order(self):
+        listed = ast.get_docstring(TREE).rpartition("\n\n")[2]
+        assert [name.strip() for name in listed.split(",")] == [title for title, _ in PARTS[1:]]
+
+    def test_every_line_of_dashes_belongs_to_a_banner(self):
+        dashes = [line for line in SOURCE.splitlines() if re.fullmatch("# -{50,}", line)]
+        assert len(dashes) == 2 * (len(PARTS) - 1) > 20
+        assert {len(line) for line in dashes} == {len(dashes[0])}
+
+    def test_a_part_uses_only_what_stands_above_it(self):
+        names = [(statement, part_of(statement), *names_of(statement)) for statement in TREE.body[1:]]
+        first = {}
+        for _, part, defined, _ in names:
+            for name in defined:
+                first.setdefault(name, part)
+        assert len(set(first.values())) == len(PARTS), "every part defines something"
+        forward = [
+            f"line {statement.lineno} ({PARTS[part][0]}) uses {name} of {PARTS[first[name]][0]}"
+            for statement, part, _, used in names
+            for name in used
+            if first.get(name, 0) > part
+        ]
+        assert forward == []
+
+    def test_names_that_are_used_exist(self):
+        known = set(dir(csp)) | set(dir(__import__("builtins"))) | {"__name__", "__file__"}
+        assert sorted(set().union(*(names_of(statement)[1] for statement in TREE.body)) - known) == []
+
+    def test_sql_stands_in_the_store_only(self):
+        statement = re.compile(r"\s*(SELECT|INSERT|UPDATE|DELETE|CREATE|PRAGMA|BEGIN|COMMIT)\b")
+        found = [
+            (part_of(node), node.lineno, node.value)
+            for node in ast.walk(TREE)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and statement.match(node.value)
+        ]
+        store = part_called("Store")
+        assert len([part for part, _, _ in found if part == store]) > 20
+        assert [row for row in found if row[0] != store and row[2] != "DELETE"] == []  # DELETE is HTTP's too
+
+    @pytest.mark.parametrize(
+        "root, attribute, titles",
+        [
+            ("sqlite3", None, ["Store"]),
+            ("socket", None, ["Callbacks", "Transports"]),
+            ("socketserver", None, ["Transports"]),
+            ("argparse", None, ["Command line"]),
+            ("os", "environ", ["Settings", "Command line"]),
+            ("os", "getenv", ["Settings", "Command line"]),
+            ("sys", "argv", ["Settings", "Command line"]),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_some_modules_are_used_in_their_part_only(self, root, attribute, titles):
+        assert uses_outside(root, attribute, titles) == []
+
+    def test_a_broad_except_gives_its_reason_or_raises(self):
+        lines = SOURCE.splitlines()
+        broad = [
+            node
+            for node in ast.walk(TREE)
+            if isinstance(node, ast.ExceptHandler)
+            and (
+                node.type is None
+                or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException"))
+            )
+        ]
+        assert broad
+        reason = re.compile(r"# noqa: BLE001 - \S+ \S+ \S+")
+        silent = [
+            node.lineno
+            for node in broad
+            if not isinstance(node.body[-1], ast.Raise) and not reason.search(lines[node.lineno - 1])
+        ]
+        assert silent == []
+
+    def test_nothing_is_left_to_do(self):
+        assert [
+            number for number, line in enumerate(SOURCE.splitlines(), 1) if re.search(r"\b(TODO|FIXME|XXX)\b", line)
+        ] == []
+
+    def test_no_function_is_longer_than_fifty_lines(self):
+        long = [
+            (node.name, node.end_lineno - node.lineno + 1)
+            for node in ast.walk(TREE)
+            if is_function(node) and node.end_lineno - node.lineno >= 50
+        ]
+        assert long == []
+
+    def test_everything_public_has_a_docstring(self):
+        public = [
+            node
+            for node in TREE.body
+            if (is_function(node) or isinstance(node, ast.ClassDef)) and not node.name.startswith("_")
+        ]
+        public += [
+            method
+            for node in public
+            if isinstance(node, ast.ClassDef)
+            for method in node.body
+            if is_function(method) and not method.name.startswith("_")
+        ]
+        assert len(public) > 100
+        assert [(node.name, node.lineno) for node in public if not ast.get_docstring(node)] == []
+
+    def test_every_public_name_is_there(self):
+        assert [name for name in csp.__all__ if not hasattr(csp, name)] == []
+        assert len(csp.__all__) == len(set(csp.__all__)) > 10
+
+    def test_no_line_is_longer_than_120_characters(self):
+        assert [number for number, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 120] == []
+
+    @pytest.mark.parametrize("options", [["-I", "-S"], ["-I", "-S", "-W", "error"], ["-I", "-S", "-O"]], ids=" ".join)
+    def test_it_is_imported_without_site_packages_and_without_a_word(self, options, tmp_path):
+        code = (
+            "import sys, threading; sys.path.insert(0, sys.argv[1]); import csp, csp.job, csp.util, csp.web; "
+            "assert threading.active_count() == 1; print(csp.__version__)"
+        )
+        done = subprocess.run(
+            [sys.executable, *options, "-c", code, str(HERE)],
+            cwd=str(tmp_path),
+            env={},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert (done.stdout.strip(), done.stderr, done.returncode) == (csp.__version__, "", 0)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_it_needs_no_file_but_itself(self, tmp_path):
+        (tmp_path / "ckanserviceprovider.py").write_text(SOURCE, encoding="utf-8")
+        code = (
+            "import sys; sys.path.insert(0, '.'); import ckanserviceprovider.job as job, "
+            "ckanserviceprovider.util as util; from ckanserviceprovider import web; print(util.JobError('x'))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code],
+            cwd=str(tmp_path),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            universal_newlines=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        assert (done.stdout.strip(), done.stderr) == ("x", "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "error, status",
+        [
+            (csp.BadRequest, 400),
+            (csp.Unauthorized, 401),
+            (csp.Forbidden, 403),
+            (csp.NotFound, 404),
+            (csp.MethodNotAllowed, 405),
+            (csp.RequestTimeout, 408),
+            (csp.Conflict, 409),
+            (csp.PayloadTooLarge, 413),
+            (csp.UriTooLong, 414),
+            (csp.ExpectationFailed, 417),
+            (csp.HeadersTooLarge, 431),
+            (csp.Unavailable, 503),
+            (csp.VersionNotSupported, 505),
+            (csp.CspError, 500),
+        ],
+        ids=lambda value: getattr(value, "__name__", ""),
+    )
+    def test_a_refusal_is_an_answer(self, error, status):
+        refusal = error("A sentence with \ud800.")
+        response = csp.Response.error(refusal)
+        assert issubclass(error, csp.CspError) and http.HTTPStatus(status)
+        assert (refusal.status, refusal.message, str(refusal)) == (status, "A sentence with \ud800.", refusal.message)
+        assert (response.status, json.loads(response.body)) == (status, {"error": "A sentence with ?."})
+
+    def test_every_status_has_one_class(self):
+        statuses = [error.status for error in csp.CspError.__subclasses__()]
+        assert len(statuses) == len(set(statuses)) and csp.CspError.status not in statuses
+
+    def test_headers_of_a_refusal_are_sent(self):
+        assert csp.MethodNotAllowed("No.", [("Allow", "GET")]).headers == (("Allow", "GET"),)
+        assert csp.Unavailable("Later.", 30).headers == (("Retry-After", "30"),)
+        assert csp.Response.error(csp.Unavailable("Later.")).headers == [("Retry-After", "5")]
+
+    def test_forbidden_says_the_documented_words(self):
+        assert csp.Forbidden().message == "not authorized"
+
+    def test_a_job_error_is_its_message(self):
+        assert csp.JobError("no").as_dict() == {"message": "no"}
+        assert (str(csp.JobError("no")), csp.JobError("no").message) == ("no", "no")
+        assert not issubclass(csp.JobError, csp.CspError)
+
+    def test_except_exception_lets_a_cancellation_through(self):
+        assert not issubclass(csp.JobCancelled, Exception)
+
+    def test_what_stops_a_start_is_not_a_refusal(self):
+        assert not issubclass(csp.StartError, csp.CspError)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON and time
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOUNDED_NUMBERS = pytest.mark.skipif(
+    not hasattr(sys, "get_int_max_str_digits"), reason="this Python has no bound for the digits of a number"
+)
+GOOD_JSON = {
+    "null": (b"null", None),
+    "true": (b"true", True),
+    "false": (b"false", False),
+    "zero": (b"0", 0),
+    "minus zero": (b"-0", 0),
+    "integer": (b"-123", -123),
+    "fraction": (b"1.50", 1.5),
+    "exponent": (b"1e2", 100.0),
+    "capital exponent": (b"1E+2", 100.0),
+    "negative exponent": (b"25e-1", 2.5),
+    "more than 64 bits": (b"123456789012345678901234567890", 123456789012345678901234567890),
+    "4,000 digits": (b"1" + b"0" * 4000, 10**4000),
+    "underflow": (b"1e-999", 0.0),
+    "empty string": (b'""', ""),
+    "string": (b'"a"', "a"),
+    "utf-8": ('"\u00fc\u20ac\U0001f600"'.encode(), "ü€\U0001f600"),
+    "escapes": (rb'"\"\\\/\b\f\n\r\t"', '"\\/\b\f\n\r\t'),
+    "escaped letter": (rb'"\u00fc\u00FC"', "üü"),
+    "escaped nul": (rb'"\u0000"', "\0"),
+    "escaped pair": (rb'"\ud83d\ude00"', "\U0001f600"),
+    "noncharacter": (rb'"\uffff"', "\uffff"),
+    "delete character": (b'"\x7f"', "\x7f"),
+    "line separator": ('"\u2028\u2029"'.encode(), "\u2028\u2029"),
+    "bom in a string": ('"\ufeff"'.encode(), "\ufeff"),
+    "escaped backslash before u": (rb'"\\ud800"', "\\ud800"),
+    "empty array": (b"[]", []),
+    "empty object": (b"{}", {}),
+    "array": (b"[1, [2], {}]", [1, [2], {}]),
+    "object": (b'{"a": {"": null}}', {"a": {"": None}}),
+    "all white space": (b" \t\r\n[ \t\r\n1 \t\r\n, 2 ] \t\r\n", [1, 2]),
+    "nesting of 100": (b"[" * 100 + b"]" * 100, None),
+    "same key at two levels": (b'{"a": {"a": 1}}', {"a": {"a": 1}}),
+    "wide": (b"[" + b"[]," * 500 + b"0]", [[]] * 500 + [0]),
+    "brackets in strings": (b'["' + b"[{" * 500 + rb"\"[" + b'"]', ["[{" * 500 + '"[']),
+    "a string that ends with a backslash": (b'["' + b"[" * 200 + rb'\\", "]"]', ["[" * 200 + "\\", "]"]),
+    "keys that differ in case": (b'{"a": 1, "A": 2}', {"a": 1, "A": 2}),
+}
+BAD_JSON = {
+    "nothing": b"",
+    "white space only": b" \n",
+    "NaN": b"NaN",
+    "-NaN": b"-NaN",
+    "Infinity": b"Infinity",
+    "-Infinity": b"-Infinity",
+    "nan": b"nan",
+    "inf": b"inf",
+    "NaN inside": b'{"a": [NaN]}',
+    "True": b"True",
+    "None": b"None",
+    "undefined": b"undefined",
+    "word": b"abc",
+    "cut word": b"tru",
+    "two values": b"1 2",
+    "text after the value": b"{} x",
+    "comma after an element": b"[1,]",
+    "comma after a member": b'{"a": 1,}',
+    "comma only": b"[,]",
+    "two commas": b"[1,,2]",
+    "no comma": b"[1 2]",
+    "no colon": b'{"a" 1}',
+    "no value": b'{"a":}',
+    "no key": b"{: 1}",
+    "number as a key": b"{1: 2}",
+    "bare key": b"{a: 1}",
+    "single quotes": b"{'a': 1}",
+    "leading zero": b"01",
+    "leading zero below zero": b"-01",
+    "plus": b"+1",
+    "point first": b".5",
+    "point last": b"1.",
+    "no exponent": b"1e",
+    "hexadecimal": b"0x10",
+    "underscore": b"1_000",
+    "arabic digits": "\u0663".encode(),
+    "minus only": b"-",
+    "minus and space": b"- 1",
+    "two points": b"1.2.3",
+    "open string": b'"a',
+    "open array": b"[1",
+    "open object": b'{"a": 1',
+    "closed twice": b"[]]",
+    "mixed": b"[}",
+    "newline in a string": b'"a\nb"',
+    "tab in a string": b'"a\tb"',
+    "nul in a string": b'"a\0b"',
+    "escape character in a string": b'"\x1b"',
+    "unknown escape": rb'"\x41"',
+    "short escape": rb'"\u12"',
+    "escape of a sign": rb'"\u+123"',
+    "backslash at the end": b'"\\',
+    "form feed": b"\x0c1",
+    "vertical tab": b"\x0b1",
+    "no-break space": "\u00a01".encode(),
+    "nul after": b"1\0",
+    "comment": b"/* a */ 1",
+    "line comment": b"1 // a",
+    "bom": b"\xef\xbb\xbf{}",
+    "utf-16": '{"a": 1}'.encode("utf-16"),
+    "utf-16 without bom": '{"a": 1}'.encode("utf-16-le"),
+    "latin-1": '"\u00fc"'.encode("latin-1"),
+    "cut utf-8": b'"\xe2\x82"',
+    "overlong utf-8": b'"\xc0\xaf"',
+    "surrogate in utf-8": b'"\xed\xa0\x80"',
+    "beyond unicode": b'"\xf4\x90\x80\x80"',
+    "lone high surrogate": rb'"\ud800"',
+    "lone low surrogate": rb'"\udc00"',
+    "reversed pair": rb'"\ude00\ud83d"',
+    "lone surrogate in a key": rb'{"\uD800": 1}',
+    "high surrogate and letter": rb'"\ud800\u0041"',
+    "same key twice": b'{"a": 1, "a": 2}',
+    "same key twice inside": b'[{"b": {"a": 1, "a": 1}}]',
+    "same key, once escaped": rb'{"a": 1, "\u0061": 2}',
+    "nesting of 101": b"[" * 101 + b"]" * 101,
+    "nesting of 101 objects": b'{"a":' * 101 + b"1" + b"}" * 101,
+    "100,000 open brackets": b"[" * 100_000,
+    "100,000 brackets": b"[" * 100_000 + b"]" * 100_000,
+    "100,000 open objects": b'{"a":' * 100_000,
+    "brackets after a string": rb'"\\"' + b"[" * 100_000 + b"]" * 100_000,
+}
+
+
+class TestJson:
+    @pytest.mark.parametrize("body, value", GOOD_JSON.values(), ids=GOOD_JSON)
+    def test_json_is_accepted(self, body, value):
+        parsed = csp.from_json(body)
+        if value is not None:
+            assert (parsed, type(parsed)) == (value, type(value))
+        assert csp.from_json(csp.to_json(parsed).encode("utf-8")) == parsed
+
+    @pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON)
+    def test_what_is_not_json_is_refused(self, body):
+        with pytest.raises(ValueError):
+            csp.from_json(body)
+
+    @pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON)
+    def test_what_is_not_json_is_refused_as_a_submission(self, body):
+        request = csp.Request(
+            "POST",
+            "/job",
+            {"content-type": "application/json"},
+            b'{"job_type": "echo", "api_key": "k", "data": ' + body + b"}",
+        )
+        with pytest.raises(csp.Conflict) as refusal:
+            csp.read_body(request)
+        assert refusal.value.message.startswith("Malformed json")
+
+    @pytest.mark.parametrize("body", [b"x", b"{", b'{"a": 1,}', b"\xff", b'{"a": "\xff"}', b"\xef\xbb\xbf{}"], ids=repr)
+    def test_the_documented_sentence_is_exact(self, client, body):
+        answer = client.request("POST", "/job", body, {"Content-Type": "application/json"})
+        assert (answer.status, answer.error) == (409, "Malformed json")
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            b"1e999",
+            b"-1e999",
+            b"[1e999]",
+            b'{"a": {"b": 1E400}}',
+            b"NaN",
+            pytest.param(b"1" + b"0" * 5000, marks=BOUNDED_NUMBERS),
+            pytest.param(b"-1" + b"0" * 5000, marks=BOUNDED_NUMBERS),
+            b"[" * 99 + b"1e999" + b"]" * 99,
+        ],
+        ids=lambda value: value[:20].decode() + f" of {len(value)} bytes",
+    )
+    @pytest.mark.parametrize("field", ["data", "metadata"])
+    def test_numbers_that_json_cannot_carry_on_are_refused(self, client, field, value):
+        value = value if field == "data" else b'{"a": ' + value + b"}"
+        body = b'{"job_type": "echo", "api_key": "k", "' + field.encode() + b'": ' + value + b"}"
+        answer = client.request("POST", "/job", body, {"Content-Type": "application/json"})
+        assert answer.status == 409 and answer.error.startswith("Malformed json")
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 0, "error": 0}
+
+    @pytest.mark.parametrize("api_key", ["1e999", "-1e999", "1" + "0" * 30, "NaN"])
+    def test_an_api_key_that_is_no_sensible_number_is_refused(self, client, api_key):
+        body = '{"job_type": "echo", "api_key": %s}' % api_key
+        assert client.request("POST", "/job", body, {"Content-Type": "application/json"}).status == 409
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            0,
+            -1,
+            1.5,
+            2**70,
+            10**4000,
+            True,
+            [],
+            {},
+            [None],
+            "\0",
+            "\u2028",
+            "\U0001f600",
+            "\x7f",
+            "\\",
+            '"',
+            "</script>",
+            {"": {"a": [1, [2.5, None]]}},
+            list(range(2000)),
+        ],
+        ids=lambda value: repr(value)[:20],
+    )
+    def test_values_come_back_as_they_were_sent(self, client, value):
+        expected = ">" + value if isinstance(value, str) else value
+        job = client.submit("echo", value)
+        assert (job["sent_data"], job["data"], job["status"]) == (value, expected, "complete")
+        assert client.show(job)["sent_data"] == value
+
+    @pytest.mark.parametrize(
+        "value",
+        [float("nan"), float("inf"), [float("-inf")], "\ud800", {"\udc00": 1}, {1, 2}, b"bytes", ..., {(1, 2): 3}],
+        ids=repr,
+    )
+    def test_values_without_a_text_are_refused(self, value):
+        with pytest.raises((ValueError, TypeError)):
+            csp.to_json(value)
+
+    def test_circles_and_towers_are_refused(self):
+        circle, tower = [], []
+        circle.append(circle)
+        for _ in range(200_000):
+            tower = [tower]
+        for value in (circle, tower):
+            with pytest.raises((ValueError, RecursionError)):
+                csp.to_json(value)
+        while tower:  # the interpreter would free it by recursion
+            tower = tower[0]
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            b'{"a": [' + b"[]," * 200 + b'0], "b": "' + b"\\n" * 1_000_000 + b'"}',
+            b'"' * 2_000_001 + b"[" * 200,
+            b'"' + b"\\" * 2_000_000 + b"[" * 200,
+            b"[" * 1_000_000 + b"]" * 1_000_000,
+            b"[{" * 500_000 + b"}]" * 500_000,
+            b"[" + b"[[[[[[[[]]]]]]]]," * 100_000 + b"0]",
+        ],
+        ids=["escapes", "quotes", "backslashes", "brackets", "objects and arrays", "many small towers"],
+    )
+    def test_a_body_costs_little_memory_and_time_whatever_it_is(self, body):
+        pytest.importorskip("resource")
+        code = """if True:
+            import json, resource, sys, time
+            sys.path.insert(0, sys.argv[1])
+            import csp
+            body = sys.stdin.buffer.read()
+            flat = b"[" + b"1," * (len(body) // 2) + b"1]"
+            started = time.process_time()
+            json.loads(flat)
+            usual, before = time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            started = time.process_time()
+            try:
+                csp.from_json(body)
+            except ValueError:
+                pass
+            print((time.process_time() - started) / usual, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+            """
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(HERE)],
+            input=body,
+            stdout=subprocess.PIPE,
+            timeout=PATIENCE_SECONDS,
+            check=True,
+        )
+        ratio, kilobytes = map(float, done.stdout.split())
+        assert ratio < 12, "times what a flat array of this length costs"
+        assert kilobytes < 30 * len(body) / 1000
+
+    @pytest.mark.parametrize(
+        "seconds, fraction",
+        [
+            (0, "000000"),
+            (1_700_000_000, "000000"),
+            (1_700_000_000.5, "500000"),
+            (1_700_000_000.000001, "000001"),
+            (1_700_000_000.999999, "999999"),
+            (1_720_000_000.25, "250000"),
+            (4_000_000_000.125, "125000"),
+        ],
+        ids=repr,
+    )
+    def test_a_timestamp_is_what_ckan_parses(self, seconds, fraction):
+        text = csp.timestamp(seconds)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", text)
+        assert time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S.%f")) == int(seconds)
+        assert text[-6:] == fraction
+
+    def test_a_timestamp_is_rounded_to_the_next_second_if_need_be(self):
+        assert csp.timestamp(1_700_000_000.99999999) == csp.timestamp(1_700_000_001)
+
+    def test_a_timestamp_is_local_time(self, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setenv("TZ", "XXX-5:45")
+            time.tzset()
+            text = csp.timestamp(0)
+        time.tzset()
+        assert text == "1970-01-01T05:45:00.000000"
+
+    def test_timestamps_sort_as_they_pass(self):
+        instants = sorted(random.Random(1).uniform(1_700_000_000, 1_700_100_000) for _ in range(1000))
+        assert [csp.timestamp(instant) for instant in instants] == sorted(map(csp.timestamp, instants))
+
+    def test_every_timestamp_of_a_job_has_six_digits(self, client):
+        job = client.submit("echo", "&a")
+        stamps = [job[name] for name in ("requested_timestamp", "started_timestamp", "finished_timestamp")]
+        stamps += [line["timestamp"] for line in job["logs"]]
+        assert len(stamps) == 4
+        assert stamps == [stamp for stamp in stamps if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}", stamp)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else ""
+TEXTS = ([("a", "a"), (5, "5")], [])
+OPTIONAL_TEXTS = ([("a", "a"), ("", None), (None, None), (5, "5")], [])
+FLAGS = (
+    [
+        (True, True),
+        (False, False),
+        ("True", True),
+        ("False", False),
+        ("0", False),
+        ("1", True),
+        (0, False),
+        (1, True),
+        ("yes", True),
+        ("no", False),
+        ("on", True),
+        ("OFF", False),
+        (" true ", True),
+        ("", False),
+        (None, False),
+    ],
+    ["maybe", "2", 2, "ja", []],
+)
+
+
+def whole(minimum, maximum):
+    """Return the good and bad values of a setting that is a whole number."""
+    return (
+        [(minimum, minimum), (maximum, maximum), (str(minimum), minimum), (f" {maximum} ", maximum)],
+        [minimum - 1, maximum + 1, "x", "1.5", None, "", "0x10", float("nan"), "1e9", b"1", []],
+    )
+
+
+def seconds(minimum, maximum):
+    """Return the good and bad values of a setting that is a number of seconds."""
+    return (
+        [(minimum, float(minimum)), (str(maximum), float(maximum)), (minimum + 0.5, minimum + 0.5)],
+        [minimum - 1, maximum + 1, "x", None, "", float("nan"), float("inf"), "nan", "-inf", []],
+    )
+
+
+VALUES = {
+    "NAME": TEXTS,
+    "HOST": TEXTS,
+    "USERNAME": TEXTS,
+    "FROM_EMAIL": TEXTS,
+    "PASSWORD": OPTIONAL_TEXTS,
+    "SECRET_KEY": OPTIONAL_TEXTS,
+    "LOG_FILE": OPTIONAL_TEXTS,
+    "CALLBACK_SECRET": ([*OPTIONAL_TEXTS[0], ("whsec_c2VjcmV0", "whsec_c2VjcmV0")], ["whsec_!", "whsec_abc", "whsec_"]),
+    "PORT": whole(0, 65_535),
+    "WORKERS": whole(1, 10_000),
+    "KEEP_JOBS_AGE": whole(0, 36_500),
+    "MAX_BODY_BYTES": whole(1024, 2**31),
+    "MAX_URL_BYTES": whole(100, 2**20),
+    "MAX_HEADER_BYTES": whole(1000, 2**20),
+    "MAX_HEADER_FIELDS": whole(10, 10_000),
+    "BODY_BYTES_PER_SECOND": whole(1, 2**30),
+    "MAX_CONNECTIONS": whole(1, 100_000),
+    "MAX_CONNECTIONS_PER_ADDRESS": whole(1, 100_000),
+    "MAX_PENDING": ([(None, None), ("", None), (1, 1), ("5", 5)], [0, -1, "x", "1.5", 10**13]),
+    "GRACE_SECONDS": seconds(0, 86_400),
+    "HEADER_SECONDS": seconds(1, 3600),
+    "BODY_SECONDS": seconds(1, 3600),
+    "SEND_SECONDS": seconds(1, 3600),
+    "IDLE_SECONDS": seconds(1, 3600),
+    "SESSION_IDLE_SECONDS": seconds(60, 10**9),
+    "SESSION_SECONDS": seconds(60, 10**9),
+    "AUTO_CLEAR": FLAGS,
+    "PUBLIC_JOB_LIST": FLAGS,
+    "SSL_VERIFY": FLAGS,
+    "STDERR": FLAGS,
+    "DEBUG": FLAGS,
+    "TRUSTED_PROXIES": (
+        [
+            ("", ()),
+            (None, ()),
+            ("10.0.0.1", ("10.0.0.1",)),
+            ("10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
+            (["127.0.0.1"], ("127.0.0.1",)),
+        ],
+        ["x", "10.0.0.0/33", "localhost", "1.2.3", ["a"], 5],
+    ),
+    "API_KEYS": ([("", ()), (None, ()), ("a, b", ("a", "b")), (["a"], ("a",))], [5]),
+    "CORS_ORIGINS": (
+        [("", ()), (None, ()), ("https://a.org,http://b:81", ("https://a.org", "http://b:81"))],
+        ["a.org", "*", "https://a.org/", "ftp://a.org", "https://", 5],
+    ),
+    "CALLBACK_HOSTS": (
+        [("", ()), (None, ()), ("public", ("public",)), ("a.org, 10.0.0.0/8", ("a.org", "10.0.0.0/8"))],
+        [5],
+    ),
+    "ADMINS": (
+        [
+            ("", ()),
+            (None, ()),
+            ("a@b.org", ("a@b.org",)),
+            ("a@b.org, c@d.org", ("a@b.org", "c@d.org")),
+            (["a@b.org", " "], ("a@b.org",)),
+        ],
+        [5],
+    ),
+    "SQLALCHEMY_DATABASE_URI": (
+        [
+            (uri, uri)
+            for uri in ("sqlite://", "sqlite:///a.db", "sqlite:////tmp/a.db", "a.db", "/a.db", "sqlite:///:memory:")
+        ],
+        [
+            "",
+            "postgresql://localhost/jobs",
+            "mysql://a",
+            "sqlite:///",
+            "sqlite://host/a.db",
+            "postgresql+psycopg2://u:p@h/d",
+            "http://a",
+        ],
+    ),
+}
+
+
+class TestSettings:
+    @pytest.mark.parametrize("row", csp.SETTINGS, ids=lambda row: row.name)
+    def test_good_values_are_parsed(self, row):
+        good = VALUES[row.name][0]
+        assert len(good) >= 2
+        parsed = [csp.Settings({row.name: given})[row.name] for given, _ in good]
+        assert [(value, type(value)) for value in parsed] == [(value, type(value)) for _, value in good]
+
+    @pytest.mark.parametrize(
+        "row, value",
+        [(row, value) for row in csp.SETTINGS for value in VALUES.get(row.name, ([], []))[1]],
+        ids=lambda value: value.name if isinstance(value, csp.Setting) else repr(value)[:20],
+    )
+    def test_a_bad_value_is_refused_by_name(self, row, value):
+        with pytest.raises(csp.StartError) as refusal:
+            csp.Settings({row.name: value})
+        assert re.fullmatch(rf"The setting {row.name} .+\.", str(refusal.value))
+
+    @pytest.mark.parametrize("row", csp.SETTINGS, ids=lambda row: row.name)
+    def test_the_default_is_a_good_value_and_is_explained(self, row):
+        assert csp.Settings()[row.name] == row.default and type(csp.Settings()[row.name]) is type(row.default)
+        assert len(row.help) > 10 and re.fullmatch(r"(--[a-z-]+)?", row.option)
+
+    def test_the_defaults_are_the_promised_ones(self):
+        settings = csp.Settings()
+        assert (settings["HOST"], settings["PORT"], settings["KEEP_JOBS_AGE"]) == ("127.0.0.1", 8000, 10)
+        assert settings["PASSWORD"] is None and settings["SECRET_KEY"] is None and settings["SSL_VERIFY"] is True
+
+    def test_the_predecessors_names_are_known(self):
+        assert {
+            "NAME",
+            "HOST",
+            "PORT",
+            "USERNAME",
+            "PASSWORD",
+            "SECRET_KEY",
+            "SQLALCHEMY_DATABASE_URI",
+            "LOG_FILE",
+            "STDERR",
+            "KEEP_JOBS_AGE",
+            "SSL_VERIFY",
+            "FROM_EMAIL",
+            "ADMINS",
+            "DEBUG",
+        } <= {row.name for row in csp.SETTINGS}
+
+    def test_a_download_limit_of_datapusher_is_not_the_limit_of_bodies(self):
+        settings = csp.Settings({"MAX_CONTENT_LENGTH": 10})
+        assert settings["MAX_CONTENT_LENGTH"] == 10 and settings["MAX_BODY_BYTES"] > 10**6
+
+    @pytest.mark.parametrize(
+        "source, name",
+        [
+            ((), "csp"),
+            (("file",), "file"),
+            (("file", "environ"), "environ"),
+            (("file", "override"), "override"),
+            (("environ",), "environ"),
+            (("environ", "override"), "override"),
+            (("override",), "override"),
+            (("file", "environ", "override"), "override"),
+        ],
+        ids=str,
+    )
+    def test_the_later_source_wins(self, tmp_path, source, name):
+        path = tmp_path / "settings.py"
+        path.write_text("NAME = 'file'\n" if "file" in source else "")
+        settings = csp.load_settings(
+            str(path),
+            {"CSP_NAME": "environ"} if "environ" in source else {},
+            {"NAME": "override"} if "override" in source else {},
+        )
+        assert settings["NAME"] == name
+
+    @pytest.mark.parametrize(
+        "environ, overrides, uri",
+        [
+            ({}, {}, "file.db"),
+            ({"DATABASE_URL": "sqlite:///url.db"}, {}, "sqlite:///url.db"),
+            ({"DATABASE_URL": "sqlite:///url.db", "CSP_SQLALCHEMY_DATABASE_URI": "csp.db"}, {}, "csp.db"),
+            ({"DATABASE_URL": "sqlite:///url.db"}, {"SQLALCHEMY_DATABASE_URI": "option.db"}, "option.db"),
+            ({"DATABASE_URL": ""}, {}, "file.db"),
+        ],
+        ids=["file", "DATABASE_URL", "CSP_", "option", "empty DATABASE_URL"],
+    )
+    def test_database_url_stands_between_file_and_own_variable(self, tmp_path, environ, overrides, uri):
+        path = tmp_path / "settings.py"
+        path.write_text("SQLALCHEMY_DATABASE_URI = 'file.db'\n")
+        assert csp.load_settings(str(path), environ, overrides)["SQLALCHEMY_DATABASE_URI"] == uri
+
+    def test_job_config_names_the_file_unless_an_option_does(self, tmp_path):
+        for name in ("one", "two"):
+            (tmp_path / name).write_text(f"NAME = {name!r}\n")
+        environ = {"JOB_CONFIG": str(tmp_path / "one")}
+        assert csp.load_settings(None, environ)["NAME"] == "one"
+        assert csp.load_settings(str(tmp_path / "two"), environ)["NAME"] == "two"
+
+    def test_the_environment_of_the_process_counts(self, monkeypatch):
+        monkeypatch.setenv("CSP_NAME", "from the process")
+        monkeypatch.setenv("NAME", "not this one")
+        assert csp.load_settings()["NAME"] == "from the process"
+
+    def test_variables_are_texts(self):
+        settings = csp.load_settings(
+            None,
+            {
+                "CSP_PORT": "81",
+                "CSP_DEBUG": "True",
+                "CSP_STDERR": "False",
+                "CSP_SSL_VERIFY": "0",
+                "CSP_GRACE_SECONDS": "2.5",
+                "CSP_MAX_PENDING": "",
+                "CSP_ADMINS": "a@b.c,d@e.f",
+            },
+        )
+        assert [
+            settings[name]
+            for name in ("PORT", "DEBUG", "STDERR", "SSL_VERIFY", "GRACE_SECONDS", "MAX_PENDING", "ADMINS")
+        ] == [81, True, False, False, 2.5, None, ("a@b.c", "d@e.f")]
+
+    def test_a_settings_file_is_python_and_its_upper_case_names_are_kept(self, tmp_path):
+        path = tmp_path / "settings.py"
+        path.write_text(
+            "import os\nlower = 1\n_HIDDEN = 2\nMAX_CONTENT_LENGTH = 1024 * 10\n"
+            "CHUNK_SIZE = [1, {'a': 2}]\nNAME = 'Größe'\nPLACE = os.path.basename(__file__)\n",
+            encoding="utf-8",
+        )
+        settings = csp.load_settings(str(path), {})
+        assert (settings["MAX_CONTENT_LENGTH"], settings["CHUNK_SIZE"]) == (10240, [1, {"a": 2}])
+        assert (settings["NAME"], settings["PLACE"]) == ("Größe", "settings.py")
+        assert "lower" not in settings and "os" not in settings and "CHUNK_SIZE" in list(settings)
+        assert settings.get("NO_SUCH_NAME") is None and len(settings) == len(list(settings))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "NAME =",
+            "1/0",
+            "import no_such_module_anywhere",
+            "raise KeyError('x')",
+            "\0",
+            "NAME = '\udcff'",
+            "PORT = 'x'",
+            "open('/no/such/file')",
+        ],
+        ids=repr,
+    )
+    def test_a_broken_settings_file_is_a_sentence(self, tmp_path, text):
+        path = tmp_path / "settings.py"
+        path.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(csp.StartError) as refusal:
+            csp.load_settings(str(path), {})
+        assert re.fullmatch(r"The setting.+\.", str(refusal.value))
+        assert "PORT" in str(refusal.value) or str(path) in str(refusal.value)
+
+    @pytest.mark.parametrize("path", ["missing.py", "."])
+    def test_a_settings_file_that_cannot_be_read_is_a_sentence(self, tmp_path, path):
+        with pytest.raises(csp.StartError) as refusal:
+            csp.load_settings(str(tmp_path / path), {})
+        assert re.fullmatch(r"The settings file .+ cannot be read: .+\.", str(refusal.value))
+
+    @pytest.mark.parametrize(
+        "uri, path",
+        [
+            ("sqlite://", None),
+            ("sqlite:///:memory:", None),
+            ("sqlite:///jobs.db", "jobs.db"),
+            ("sqlite:////a/b.db", "/a/b.db"),
+            ("sqlite:///a/b.db", "a/b.db"),
+            ("jobs.db", "jobs.db"),
+            ("/a/jobs.db", "/a/jobs.db"),
+            ("./a b.db", "./a b.db"),
+        ],
+    )
+    def test_a_database_uri_names_a_file(self, uri, path):
+        assert csp.database_path(uri) == path
+
+    def test_another_database_engine_is_refused_and_the_password_is_not_repeated(self):
+        with pytest.raises(csp.StartError) as refusal:
+            csp.Settings({"SQLALCHEMY_DATABASE_URI": "postgresql://me:hidden@host/jobs"})
+        assert "SQLite" in str(refusal.value) and "hidden" not in str(refusal.value)
+
+    def test_settings_are_read_only(self):
+        with pytest.raises(TypeError):
+            csp.Settings()["NAME"] = "x"
+
+    @pytest.mark.parametrize("row", csp.SETTINGS, ids=lambda row: row.name)
+    def test_the_readme_documents_the_setting(self, row):
+        rows = [line for line in README.splitlines() if line.startswith(f"| `{row.name}` |")]
+        assert len(rows) == 1
+        assert not row.option or f"`{row.option}`" in rows[0]
+
+    @pytest.mark.parametrize("row", csp.ROUTES, ids=lambda row: f"{row.method} {row.path}")
+    def test_the_readme_documents_the_route(self, row):
+        assert len([line for line in README.splitlines() if line.startswith(f"| `{row.method}` | `{row.path}` |")]) == 1
+
+    def test_the_readme_documents_nothing_else(self):
+        routes = re.findall(r"^\| `([A-Z]+)` \| `(/\S*)` \|", README, re.MULTILINE)
+        settings = re.findall(r"^\| `([A-Z_]+)` \| (?:`--| +\|)", README, re.MULTILINE)
+        assert routes == [(row.method, row.path) for row in csp.ROUTES]
+        assert settings == [row.name for row in csp.SETTINGS]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+# ---------------------------------------------------------------------------------------------------------------------
+
+SHOWN_FIELDS = {
+    "job_id",
+    "job_type",
+    "status",
+    "sent_data",
+    "data",
+    "error",
+    "metadata",
+    "logs",
+    "result_url",
+    "requested_timestamp",
+    "finished_timestamp",
+    "started_timestamp",
+    "progress",
+    "attempts",
+    "callback",
+    "resubmitted_from",
+}
+LOG_FIELDS = {"timestamp", "message", "level", "module", "funcName", "lineno"}
+
+
+class HTTPError(csp.JobError):
+    """As DataPusher has it: ``str`` of it raises, because its __str__ returns bytes."""
+
+    def __init__(self, message, status_code):
+        super().__init__(message)
+        self.status_code = status_code
+
+    def as_dict(self):
+        return {"message": self.message, "HTTP status code": self.status_code, "Response": "ü"}
+
+    def __str__(self):
+        return f"{self.message} status={self.status_code}".encode("ascii", "replace")
+
+
+class MissingDetail(csp.JobError):
+    """A JobError whose as_dict has a defect."""
+
+    def as_dict(self):
+        return {"message": self.message, "detail": {}["detail"]}
+
+
+class NoJson(csp.JobError):
+    """A JobError whose as_dict is not JSON."""
+
+    def as_dict(self):
+        return {"message": self.message, "detail": {1, 2}}
+
+
+class Unprintable(Exception):
+    """An exception that has neither str nor repr."""
+
+    def __str__(self):
+        raise KeyError("str")
+
+    __repr__ = __str__
+
+
+def raising(error):
+    """Return a job function that raises ``error``."""
+
+    def function(task_id, input):
+        raise error
+
+    return function
+
+
+def registry_of(function, name="work", **options):
+    """Return a registry with ``function`` as an asynchronous job type."""
+    function.__name__ = name
+    registry = csp.Registry()
+    registry.asynchronous(**options)(function)
+    return registry
+
+
+def messages(job):
+    return [line["message"] for line in job["logs"]]
+
+
+class TestJobs:
+    @pytest.mark.parametrize("new", [csp.QUEUED, csp.RUNNING, csp.COMPLETE, csp.ERROR])
+    @pytest.mark.parametrize("old", [csp.QUEUED, csp.RUNNING, csp.COMPLETE, csp.ERROR])
+    def test_the_lifecycle_is_the_table(self, old, new):
+        allowed = {
+            ("queued", "running"),
+            ("queued", "error"),
+            ("running", "queued"),
+            ("running", "complete"),
+            ("running", "error"),
+        }
+        assert (new in csp.TRANSITIONS[old]) is ((old, new) in allowed)
+        if (old, new) in allowed:
+            csp.check_transition(old, new)
+        else:
+            with pytest.raises(ValueError, match=f"{old}.*{new}"):
+                csp.check_transition(old, new)
+
+    def test_no_state_is_unknown_to_the_table(self):
+        states = {"queued", "running", "complete", "error"}
+        assert set(csp.TRANSITIONS) == states >= set().union(*csp.TRANSITIONS.values())
+
+    # -- the registry
+
+    @pytest.mark.parametrize(
+        "spelling, is_synchronous",
+        [("synchronous", True), ("sync", True), ("asynchronous", False), ("async_", False), ("async", False)],
+    )
+    @pytest.mark.parametrize("options", [None, {}, {"timeout": 5}], ids=["plain", "called", "with options"])
+    def test_every_spelling_registers_and_returns_the_function(self, spelling, is_synchronous, options):
+        job = importlib.import_module("csp.job")
+
+        def function(task_id, input):
+            return input
+
+        function.__name__ = f"function_{uuid.uuid4().hex}"
+        decorate = getattr(job, spelling)
+        assert (decorate(function) if options is None else decorate(**options)(function)) is function
+        job_type = csp.registry.get(function.__name__)
+        assert (job_type.function, job_type.synchronous) == (function, is_synchronous)
+        assert job_type.timeout == (options or {}).get("timeout")
+
+    def test_options_are_kept(self):
+        registry = registry_of(lambda task_id, input: None, timeout=2.5, retries=3, at_most_once=True)
+        assert registry.get("work")[2:] == (False, 2.5, 3, True)
+
+    def test_names_are_sorted_and_others_are_unknown(self):
+        registry = example_registry()
+        assert registry.names() == ["async_echo", "echo"]
+        assert [registry.get(name) for name in ("nothing", None, 1, [], {})] == [None] * 5
+
+    def test_two_functions_of_one_name_are_an_error_that_names_both(self):
+        registry, other = csp.Registry(), types_of_one_name()
+        registry.synchronous(other[0])
+        with pytest.raises(ValueError) as error:
+            registry.asynchronous(other[1])
+        assert str(error.value).count("types_of_one_name") == 2 and "twin" in str(error.value)
+        lines = [str(function.__code__.co_firstlineno) for function in other]
+        assert [line for line in lines if line not in str(error.value)] == []
+        assert registry.get("twin").function is other[0]
+
+    def test_a_module_that_is_loaded_again_may_register_again(self):
+        registry, function = csp.Registry(), types_of_one_name()[0]
+        registry.synchronous(function)
+        registry.synchronous(function)
+        assert registry.names() == ["twin"]
+
+    @pytest.mark.parametrize(
+        "decorator, options",
+        [
+            ("asynchronous", {"timeout": 0}),
+            ("asynchronous", {"timeout": -1}),
+            ("asynchronous", {"timeout": float("nan")}),
+            ("asynchronous", {"retries": -1}),
+            ("synchronous", {"retries": 1}),
+            ("synchronous", {"at_most_once": True}),
+            ("asynchronous", {"no_such_option": 1}),
+        ],
+        ids=str,
+    )
+    def test_options_without_sense_are_refused(self, decorator, options):
+        registry = csp.Registry()
+        with pytest.raises((ValueError, TypeError)):
+            getattr(registry, decorator)(**options)(lambda task_id, input: None)
+        assert registry.names() == []
+
+    # -- what a job looks like
+
+    def test_a_job_has_the_promised_fields(self, client):
+        submitted = client.submit("echo", "&a", metadata={"k": 1})
+        shown = client.show(submitted)
+        assert set(shown) == SHOWN_FIELDS and set(submitted) == SHOWN_FIELDS | {"job_key"}
+        assert set(shown["logs"][0]) == LOG_FIELDS
+        expected = {
+            "job_type": "echo",
+            "status": "complete",
+            "sent_data": "&a",
+            "data": ">&a",
+            "error": None,
+            "metadata": {"k": 1},
+            "result_url": None,
+            "progress": None,
+            "attempts": 1,
+            "callback": None,
+            "resubmitted_from": None,
+        }
+        assert {key: shown[key] for key in expected} == expected
+
+    def test_a_job_without_data_shows_an_empty_object(self, client):
+        assert client.submit("echo")["sent_data"] == {}
+        answer = client.post("/job", {"job_type": "echo", "api_key": "k", "data": None})
+        assert (answer.json["sent_data"], answer.json["logs"]) == ({}, [])
+
+    def test_the_function_gets_what_was_submitted(self, start):
+        given = []
+        client = start(registry_of(lambda task_id, input: given.append((task_id, input)))).client
+        jobs = [
+            client.submit("work", job_id="a"),
+            client.submit("work", 0, "b", metadata={}),
+            client.submit("work", [1], "c", metadata={"x": [None]}, api_key=7),
+        ]
+        for job in jobs:
+            client.finish(job)
+        assert dict(given) == {
+            "a": {"job_type": "work", "api_key": "secret-api-key"},
+            "b": {"job_type": "work", "api_key": "secret-api-key", "data": 0, "metadata": {}},
+            "c": {"job_type": "work", "api_key": 7, "data": [1], "metadata": {"x": [None]}},
+        }
+
+    def test_no_part_of_a_job_shows_the_api_key(self, client):
+        job = client.submit("async_echo", "&a", api_key="a-very-secret-key")
+        client.finish(job)
+        answer = client.get("/job/" + job["job_id"], key=job["job_key"])
+        assert b"a-very-secret-key" not in answer.body and "a-very-secret-key" not in json.dumps(job)
+
+    # -- how a job fails
+
+    @pytest.mark.parametrize(
+        "error, document",
+        [
+            (csp.JobError("no"), {"message": "no"}),
+            (csp.JobError({"a": 1}), {"message": "{'a': 1}"}),
+            (csp.JobError(None), {"message": "None"}),
+            (csp.JobError("\ud800"), None),
+            (HTTPError("gone", 410), {"message": "gone", "HTTP status code": 410, "Response": "ü"}),
+            (MissingDetail("broken"), {"message": "broken"}),
+            (NoJson("broken"), {"message": "broken"}),
+        ],
+        ids=["message", "no string", "None", "lone surrogate", "DataPusher", "as_dict raises", "as_dict is not JSON"],
+    )
+    @pytest.mark.parametrize("is_synchronous", [True, False], ids=["synchronous", "asynchronous"])
+    def test_a_job_error_is_shown_as_it_describes_itself(self, start, error, document, is_synchronous):
+        registry = registry_of(raising(error))
+        registry.synchronous(named("now", raising(error)))
+        client = start(registry, path=None).client
+        job = client.finish(client.submit("now" if is_synchronous else "work"), timeout_seconds=5)
+        assert job["status"] == "error" and isinstance(job["error"]["message"], str)
+        assert document is None or job["error"] == document
+
+    @pytest.mark.parametrize(
+        "error, message",
+        [
+            (ValueError("serious"), "ValueError: serious"),
+            (ValueError(), "ValueError"),
+            (KeyError("k"), "KeyError: 'k'"),
+            (ValueError("\ud800"), "ValueError: ?"),
+            (SystemExit(3), "SystemExit: 3"),
+            (KeyboardInterrupt(), "KeyboardInterrupt"),
+            (Unprintable("x"), "Unprintable"),
+            (Exception(Unprintable("x")), "Exception"),
+            (csp.StartError("x"), "StartError: x"),
+            (csp.Conflict("x"), "Conflict: x"),
+            (RecursionError("x"), "RecursionError: x"),
+        ],
+        ids=lambda value: value.partition(":")[0] if isinstance(value, str) else "",
+    )
+    def test_any_other_exception_is_shown_with_its_traceback(self, start, error, message):
+        client = start(registry_of(raising(error)), path=None).client
+        job = client.finish(client.submit("work"), timeout_seconds=5)
+        assert job["status"] == "error" and set(job["error"]) == {"message", "traceback"}
+        assert job["error"]["message"].startswith(message)
+        assert "raise error" in job["error"]["traceback"]
+
+    @pytest.mark.parametrize(
+        "result",
+        [
+            {1, 2},
+            object(),
+            float("nan"),
+            "\ud800",
+            [b"bytes"],
+            {(1, 2): 3},
+            pytest.param(10**5000, marks=BOUNDED_NUMBERS),
+        ],
+        ids=["set", "object", "nan", "lone surrogate", "bytes inside", "tuple as key", "5,000 digits"],
+    )
+    def test_a_result_that_is_not_json_is_an_error_that_says_so(self, start, result):
+        client = start(registry_of(lambda task_id, input: result), path=None).client
+        job = client.finish(client.submit("work"))
+        assert job["status"] == "error" and "not JSON" in job["error"]["message"]
+
+    # -- its log
+
+    def test_a_line_of_the_log_is_complete(self, client):
+        job = client.submit("echo", "&a")
+        line = job["logs"][0]
+        code = [line for line in inspect_lines(example_registry) if "just a warning" in line[1]]
+        assert (line["message"], line["level"], line["funcName"]) == ("just a warning", "WARNING", "echo")
+        assert (line["module"], line["lineno"]) == (Path(__file__).stem, code[0][0])
+
+    def test_a_thousand_calls_leave_nothing_behind(self, start):
+        service = start(path=None)
+        body = json.dumps({"job_type": "echo", "api_key": "k", "data": "&a"}).encode()
+
+        def submit():
+            return service.service.handle(csp.Request("POST", "/job", {"content-type": "application/json"}, body))
+
+        def left_behind():
+            gc.collect()
+            loggers = logging.root.manager.loggerDict
+            return (
+                len(loggers),
+                len(logging.getLogger("test_csp.echo").handlers),
+                sum(isinstance(thing, (csp.StoringHandler, csp.JobRun)) for thing in gc.get_objects()),
+            )
+
+        submit()
+        before = left_behind()
+        counts = {len(json.loads(submit().body)["logs"]) for _ in range(1000)}
+        after = left_behind()
+        assert counts == {1}
+        assert after[:2] == before[:2]
+        assert after[2] < before[2] + 10  # the last few may still be in a thread's hands
+        assert service.client.get("/status").json["stats"]["complete"] == 1001
+
+    @pytest.mark.parametrize("name", ["{}", "{}.child", "parent.{}", "parent.{}.child.grandchild"])
+    def test_a_logger_named_by_the_job_is_gone_when_the_job_has_ended(self, start, name):
+        def work(task_id, input):
+            logger = logging.getLogger(name.format(task_id))
+            logger.setLevel(logging.DEBUG)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.debug("first")
+            logger.info("second")
+
+        client = start(registry_of(work), path=None).client
+        before = set(logging.root.manager.loggerDict)
+        job = client.finish(client.submit("work"))
+        assert messages(job) == ["first", "second"]
+        eventually(lambda: not [known for known in logging.root.manager.loggerDict if job["job_id"] in known], 5)
+        assert set(logging.root.manager.loggerDict) - before <= {"parent"}
+
+    @pytest.mark.parametrize("job_id", ["e", "test_csp", "test_csp.shared", "csp", "root", "."])
+    def test_an_id_that_a_client_chooses_takes_no_other_logger_away(self, start, job_id):
+        shared = logging.getLogger("test_csp.shared")
+
+        def work(task_id, input):
+            shared.addHandler(csp.StoringHandler(task_id, input))
+            shared.warning("a line")
+
+        client = start(registry_of(work), path=None).client
+        before = dict(logging.root.manager.loggerDict)
+        for _ in range(3):
+            answer = client.post("/job/" + job_id, {"job_type": "work", "api_key": "k"})
+            if answer.status != 200:
+                assert job_id == "."
+                return
+            assert messages(client.finish(answer.json, 5)) == ["a line"]
+            assert client.delete("/job/" + job_id, key=answer.json["job_key"]).status == 200
+        eventually(lambda: shared.handlers == [], 5)
+        after = logging.root.manager.loggerDict
+        assert [name for name in before if after.get(name) is not before[name]] == []
+
+    def test_jobs_that_share_a_logger_have_a_log_each(self, start):
+        barrier = threading.Barrier(8, timeout=PATIENCE_SECONDS)
+
+        def work(task_id, input):
+            logger = logging.getLogger("test_csp.crowd")
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            barrier.wait()
+            for number in range(100):
+                logger.warning("%s says %d", input["data"], number)
+            barrier.wait()
+
+        client = start(registry_of(work), WORKERS=8).client
+        jobs = [client.submit("work", f"job {number}") for number in range(8)]
+        for number, job in enumerate(jobs):
+            assert messages(client.finish(job)) == [f"job {number} says {line}" for line in range(100)]
+        eventually(lambda: logging.getLogger("test_csp.crowd").handlers == [])
+
+    def test_jobs_that_log_to_the_root_logger_have_a_log_each(self, start):
+        barrier = threading.Barrier(2, timeout=PATIENCE_SECONDS)
+
+        def work(task_id, input):
+            logging.getLogger().addHandler(csp.StoringHandler(task_id, input))
+            barrier.wait()
+            logging.getLogger("test_csp.below.root").error(input["data"])
+            barrier.wait()
+
+        client = start(registry_of(work)).client
+        jobs = [client.submit("work", name) for name in ("one", "two")]
+        assert [messages(client.finish(job)) for job in jobs] == [["one"], ["two"]]
+        eventually(lambda: not any(isinstance(handler, csp.StoringHandler) for handler in logging.root.handlers))
+
+    def test_a_line_from_a_thread_that_the_job_started_is_kept(self, start):
+        def work(task_id, input):
+            logger = logging.getLogger("test_csp.threads")
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            thread = threading.Thread(target=logger.warning, args=("from a thread",))
+            thread.start()
+            thread.join()
+
+        client = start(registry_of(work), path=None).client
+        assert messages(client.finish(client.submit("work"))) == ["from a thread"]
+
+    def test_a_handler_made_in_a_thread_that_the_job_started_works(self, start):
+        def work(task_id, input):
+            def log():
+                logger = logging.getLogger(task_id)
+                logger.addHandler(csp.StoringHandler(task_id, input))
+                logger.warning("from a thread")
+                csp.util.set_progress(task_id, 0.5)
+
+            thread = threading.Thread(target=log)
+            thread.start()
+            thread.join()
+
+        client = start(registry_of(work), path=None).client
+        job = client.finish(client.submit("work"))
+        assert (messages(job), job["progress"]) == (["from a thread"], {"fraction": 0.5, "message": None})
+
+    def test_a_line_of_nobody_knows_which_job_is_in_no_log(self, start):
+        barrier = threading.Barrier(2, timeout=PATIENCE_SECONDS)
+
+        def work(task_id, input):
+            logger = logging.getLogger("test_csp.doubt")
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            barrier.wait()
+            thread = threading.Thread(target=logger.warning, args=("whose?",))
+            thread.start()
+            thread.join()
+            barrier.wait()
+
+        client = start(registry_of(work)).client
+        jobs = [client.submit("work") for _ in range(2)]
+        assert [messages(client.finish(job)) for job in jobs] == [[], []]
+
+    @pytest.mark.parametrize(
+        "arguments, expected",
+        [
+            ((None,), "None"),
+            (("",), ""),
+            (({"a": 1},), "{'a': 1}"),
+            (("\ud800 and more",), "? and more"),
+            (("a\0b",), "a\0b"),
+            (("%s of %s", 1, 2), "1 of 2"),
+            (("%d", "x"), "%d"),
+            (("%s %s", 1), "%s %s"),
+            (("%s", Unprintable()), "%s"),
+            ((Unprintable(),), ""),
+        ],
+        ids=[
+            "None",
+            "empty",
+            "object",
+            "surrogate",
+            "nul",
+            "arguments",
+            "wrong type",
+            "too few",
+            "argument without str",
+            "message without str",
+        ],
+    )
+    def test_whatever_is_logged_is_a_string_in_the_log(self, start, arguments, expected):
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.propagate = False  # pytest's own handler raises for some of these
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.error(*arguments)
+            return "done"
+
+        client = start(registry_of(work), path=None).client
+        job = client.finish(client.submit("work"), timeout_seconds=5)
+        assert (job["status"], job["data"], len(job["logs"])) == ("complete", "done", 1)
+        assert isinstance(messages(job)[0], str) and expected in messages(job)[0]
+
+    def test_the_traceback_of_a_logged_exception_is_in_the_log(self, start):
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            try:
+                raise ValueError("deep inside")
+            except ValueError:
+                logger.exception("it failed")
+
+        client = start(registry_of(work), path=None).client
+        (message,) = messages(client.finish(client.submit("work")))
+        assert message.startswith("it failed\nTraceback") and message.endswith("ValueError: deep inside")
+
+    def test_a_message_of_ten_megabytes_is_cut(self, start):
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.error("ü" * 10_000_000)
+
+        client = start(registry_of(work), path=None).client
+        (message,) = messages(client.finish(client.submit("work")))
+        assert message.startswith("ü" * 65_536) and message.endswith("(cut: 10,000,000 characters)")
+        assert len(message) < 65_600
+
+    def test_twenty_thousand_lines_are_kept_in_order(self, start):
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            for number in range(20_000):
+                logger.warning("%d", number)
+
+        client = start(registry_of(work)).client
+        job = client.finish(client.submit("work"))
+        assert messages(job) == [str(number) for number in range(20_000)]
+        newest = client.get(f"/job/{job['job_id']}?limit=2", key=SECURE_KEY).json
+        assert messages(newest) == ["19999", "19998"]
+
+    def test_what_comes_after_the_end_is_not_taken(self, start):
+        kept = []
+
+        def work(task_id, input):
+            kept.append(csp.StoringHandler(task_id, input))
+            logging.getLogger(task_id).addHandler(kept[0])
+            kept.append(logging.getLogger(task_id))
+
+        client = start(registry_of(work), path=None).client
+        submitted = client.submit("work")
+        job = client.finish(submitted)
+        handler, logger = kept
+        eventually(lambda: handler.run.ended)
+        logger.addHandler(handler)
+        logger.warning("late")
+        csp.util.set_progress(job["job_id"], 0.5)
+        csp.util.check_cancelled(job["job_id"])
+        assert client.show(submitted) == job
+
+    def test_a_handler_for_no_job_does_nothing(self):
+        logger = logging.getLogger(f"test_csp.{uuid.uuid4()}")
+        logger.addHandler(csp.StoringHandler("no such job", {}))
+        logger.propagate = False
+        logger.error("into the void")
+        csp.util.set_progress("no such job", 0.5)
+        csp.util.check_cancelled("no such job")
+
+    # -- progress and cancelling
+
+    def test_progress_is_shown_while_the_job_runs(self, start):
+        steps = queue.Queue()
+
+        def work(task_id, input):
+            for step in iter(lambda: steps.get(timeout=PATIENCE_SECONDS), None):
+                csp.util.set_progress(task_id, *step)
+
+        client = start(registry_of(work)).client
+        job = client.submit("work")
+        for step, fraction, message in [
+            ((0.25,), 0.25, None),
+            ((0.5, "half"), 0.5, "half"),
+            ((7, "\ud800"), 1.0, "?"),
+            ((-1, 5), 0.0, "5"),
+        ]:
+            steps.put(step)
+            shown = {"fraction": fraction, "message": message}
+            eventually(lambda shown=shown: client.show(job)["progress"] == shown)
+        steps.put((1, "done"))
+        steps.put(None)
+        finished = client.finish(job)
+        assert (finished["status"], finished["progress"]) == ("complete", {"fraction": 1.0, "message": "done"})
+
+    def test_progress_set_very_often_is_not_written_each_time(self, start):
+        def work(task_id, input):
+            for number in range(50_000):
+                csp.util.set_progress(task_id, number / 50_000)
+            csp.util.set_progress(task_id, 1)
+
+        client = start(registry_of(work)).client
+        assert client.finish(client.submit("work"))["progress"] == {"fraction": 1.0, "message": None}
+
+    def test_check_cancelled_ends_a_job_that_was_cancelled(self, start):
+        is_running, was_caught = threading.Event(), []
+
+        def work(task_id, input):
+            is_running.set()
+            try:
+                while True:
+                    csp.util.check_cancelled(task_id)
+                    threading.Event().wait(0.01)
+            except Exception as error:  # noqa: BLE001 - to see that it does not catch a cancellation
+                was_caught.append(error)
+
+        client = start(registry_of(work)).client
+        job = client.submit("work")
+        assert is_running.wait(PATIENCE_SECONDS)
+        assert client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status == 200
+        finished = client.finish(job)
+        assert (finished["status"], finished["error"]) == ("error", {"message": "cancelled"})
+        assert was_caught == []
+
+
+def types_of_one_name():
+    """Return two different functions that are both called ``twin``."""
+
+    def twin(task_id, input):
+        return 1
+
+    first = twin
+
+    def twin(task_id, input):  # noqa: F811 - this is the point
+        return 2
+
+    return first, twin
+
+
+def named(name, function):
+    """Give ``function`` a name and return it."""
+    function.__name__ = name
+    return function
+
+
+def inspect_lines(function):
+    """Return (line number, text) of the lines from a function's first on."""
+    lines = Path(function.__code__.co_filename).read_text(encoding="utf-8").splitlines()
+    first = function.__code__.co_firstlineno
+    return list(enumerate(lines[first - 1 : first + 40], first))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Store
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_job(store, job_id, **fields):
+    """Return a queued Job that ``store`` has not got yet."""
+    values = dict.fromkeys(csp.Job._fields)
+    values.update(
+        seq=store.take_seq(),
+        job_id=job_id,
+        job_type="work",
+        status="pending",
+        job_key="key",
+        run_at=1.0,
+        requested_timestamp=csp.timestamp(0),
+        attempts=0,
+        synchronous=0,
+        cancelled=0,
+        callback_attempts=0,
+    )
+    values.update(fields)
+    return csp.Job(**values)
+
+
+def add_job(store, job_id, **fields):
+    """Store a queued job and return it."""
+    job = make_job(store, job_id, **fields)
+    store.add_job(job, lambda: None).wait()
+    return job
+
+
+def claim(store, job):
+    """Claim queued jobs until ``job`` is among them; return it as it is then."""
+    claimed = {claimed.seq: claimed for claimed in store.claim_jobs(10_000, time.time())[0]}
+    return claimed[job.seq]
+
+
+def finish(store, job, status="complete", **fields):
+    return store.mark_finished(job, csp.Outcome(status, **fields), None, lambda: None)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """Open another connection to a database file, as another program would."""
+    connection = sqlite3.connect(str(path), isolation_level=None)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def read_rows(path, statement, values=()):
+    with opened(path) as connection:
+        return connection.execute(statement, values).fetchall()
+
+
+def fill(path, count):
+    """Write ``count`` jobs into an existing database: statuses, metadata, logs and callbacks in a fixed pattern."""
+    statuses = ["complete", "complete", "error", "pending", "complete"]
+    jobs = [
+        (
+            number,
+            f"job-{number}",
+            "work",
+            statuses[number % 5],
+            "key",
+            None if number % 5 == 3 else csp.timestamp(1_600_000_000 + number),
+            number if number % 5 == 3 else None,
+            number if number % 10 == 2 else None,
+            f"host-{number % 50 // 10}" if number % 10 == 2 else None,
+        )
+        for number in range(1, count + 1)
+    ]
+    with opened(path) as connection:
+        connection.execute("BEGIN")
+        connection.executemany(
+            """INSERT INTO jobs (seq, job_id, job_type, status, job_key, finished_timestamp, run_at,
+            callback_at, callback_host) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            jobs,
+        )
+        connection.executemany(
+            "INSERT INTO metadata (seq, job_id, key, value, type) VALUES (?, ?, ?, ?, 'string')",
+            [
+                (job[0], job[1], key, value)
+                for job in jobs
+                for key, value in (("all", "same"), ("third", str(job[0] % 3)), ("own", job[1]))
+            ],
+        )
+        connection.executemany(
+            """INSERT INTO logs (seq, job_id, timestamp, message, level)
+            VALUES (?, ?, '', 'm', 'INFO')""",
+            [(job[0], job[1]) for job in jobs for _ in range(2)],
+        )
+        connection.execute("DELETE FROM counts")
+        connection.execute("INSERT INTO counts SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2")
+        connection.execute("COMMIT")
+
+
+def observe(store, call):
+    """Call ``call()``; return the statements that it read with, and how many steps of SQLite's machine they took."""
+    statements, steps = [], [0]
+
+    def step():
+        steps[0] += 1
+
+    connections = [store._readers.get() for _ in range(store._readers.qsize())]
+    for connection in connections:
+        connection.set_trace_callback(statements.append)
+        connection.set_progress_handler(step, 1)
+        store._readers.put(connection)
+    call()
+    for _ in connections:
+        connection = store._readers.get()
+        connection.set_trace_callback(None)
+        connection.set_progress_handler(None, 1)
+        store._readers.put(connection)
+    return [statement for statement in statements if not statement.startswith("--")], steps[0]
+
+
+READS = {
+    "list": lambda store: store.list_jobs(20),
+    "list by status": lambda store: store.list_jobs(20, status="error"),
+    "list by metadata": lambda store: store.list_jobs(20, metadata=[("third", "1")]),
+    "list by common metadata": lambda store: store.list_jobs(20, metadata=[("all", "same")]),
+    "list by two metadata": lambda store: store.list_jobs(20, metadata=[("third", "1"), ("all", "same")]),
+    "list by metadata and status": lambda store: store.list_jobs(20, metadata=[("third", "1")], status="error"),
+    "list by unknown metadata": lambda store: store.list_jobs(20, metadata=[("no", "such")]),
+    "list by unknown status": lambda store: store.list_jobs(20, status="no such"),
+    "list before": lambda store: store.list_jobs(20, before_seq=350),
+    "list before by status": lambda store: store.list_jobs(20, status="error", before_seq=350),
+    "list before by metadata": lambda store: store.list_jobs(20, metadata=[("third", "1")], before_seq=350),
+    "list before by both": lambda store: store.list_jobs(20, metadata=[("third", "1")], status="error", before_seq=350),
+    "count": lambda store: store.count_jobs(),
+    "get job": lambda store: store.get_job("job-300"),
+    "get no job": lambda store: store.get_job("no such job"),
+    "get logs": lambda store: store.get_logs(store.get_job("job-300")),
+    "get newest log": lambda store: store.get_logs(store.get_job("job-300"), 1),
+    "list running": lambda store: store.list_running(),
+    "list callback hosts": lambda store: store.list_callback_hosts(),
+    "list due callbacks": lambda store: store.list_due_callbacks("host-1", 5),
+}
+
+
+@pytest.fixture
+def store(tmp_path):
+    """An empty store in tmp_path/jobs.db."""
+    store = csp.Store(str(tmp_path / "jobs.db"))
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="class")
+def two_sizes(tmp_path_factory):
+    """A store with 400 jobs and one with 8,000."""
+    stores = []
+    for count in (400, 8000):
+        path = tmp_path_factory.mktemp("stores") / "jobs.db"
+        csp.Store(str(path)).close()
+        fill(path, count)
+        stores.append(csp.Store(str(path)))
+    yield stores
+    for store in stores:
+        store.close()
+
+
+class TestStore:
+    # -- group commit
+
+    def batch(self, store, jobs):
+        """Store ``jobs`` in one batch: hold the writer until all are waiting. Return what came of each."""
+        gate = threading.Event()
+        store.add_job(make_job(store, f"gate-{uuid.uuid4()}"), lambda: gate.wait(PATIENCE_SECONDS))
+        writes = [store.add_job(job, lambda: None) for job in jobs]
+        gate.set()
+        return [result_of(write) for write in writes]
+
+    def test_a_write_that_fails_does_not_spoil_its_batch(self, store):
+        good = [make_job(store, f"good-{number}", metadata='{"k": "v"}') for number in range(20)]
+        bad = [
+            make_job(store, "good-0"),
+            make_job(store, "good-1", metadata='{"k": 1}'),
+            make_job(store, "bad-metadata", metadata='{"a": "b", "k": "\\ud800"}'),
+            make_job(store, "bad-\ud800"),
+            make_job(store, "bad-number", api_key=2**70),
+        ]
+        mixed = [job for number in range(len(bad)) for job in (good[number], bad[number])]
+        results = self.batch(store, mixed + good[len(bad) :])
+        assert [type(result).__name__ for result in results[:10]] == [
+            "NoneType",
+            "Conflict",
+            "NoneType",
+            "Conflict",
+            "NoneType",
+            "ValueError",
+            "NoneType",
+            "ValueError",
+            "NoneType",
+            "ValueError",
+        ]
+        assert results[10:] == [None] * 15
+        assert sorted(job.job_id for job in good) == sorted(
+            job_id for _, job_id in store.list_jobs(1000, metadata=[("k", "v")])
+        )
+        assert store.get_job("bad-metadata") is None and store.get_job("bad-number") is None
+        assert store.list_jobs(1000, metadata=[("a", "b")]) == []
+        assert store.count_jobs() == {"pending": 21, "complete": 0, "error": 0}
+
+    def test_only_the_first_of_one_id_is_taken(self, store):
+        results = self.batch(store, [make_job(store, "same", job_key=str(number)) for number in range(50)])
+        assert [type(result).__name__ for result in results] == ["NoneType"] + ["Conflict"] * 49
+        assert results[1].message == "job_id same already exists"
+        assert store.get_job("same").job_key == "0"
+
+    def test_a_batch_of_more_than_the_limit_is_written(self, store):
+        assert set(self.batch(store, [make_job(store, f"job-{n}") for n in range(2 * csp.BATCH_WRITES + 7)])) == {None}
+        assert store.count_jobs()["pending"] == 2 * csp.BATCH_WRITES + 8
+
+    def test_a_write_is_visible_and_on_disk_when_it_returns(self, store, tmp_path):
+        failures = []
+
+        def write(number):
+            for index in range(10):
+                job_id = f"{number}-{index}"
+                job = add_job(store, job_id)
+                if store.get_job(job_id) != job:
+                    failures.append(job_id)
+                if read_rows(tmp_path / "jobs.db", "SELECT seq FROM jobs WHERE job_id = ?", (job_id,)) != [(job.seq,)]:
+                    failures.append(job_id)
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == [] and store.count_jobs()["pending"] == 80
+
+    def test_what_waits_when_the_store_closes_is_written_and_later_writes_are_refused(self, tmp_path):
+        store = csp.Store(str(tmp_path / "jobs.db"))
+        job = make_job(store, "late")
+        writes = [store.add_job(make_job(store, f"job-{number}"), lambda: None) for number in range(100)]
+        store.close()
+        assert [result_of(write) for write in writes] == [None] * 100
+        with pytest.raises(csp.Unavailable):
+            store.add_job(job, lambda: None)
+        assert read_rows(tmp_path / "jobs.db", "SELECT count(*) FROM jobs") == [(100,)]
+        store.close()
+
+    def test_a_locked_database_is_unavailable_and_then_works_again(self, store, tmp_path):
+        with csp._borrowed(store._writers) as connection:
+            connection.execute("PRAGMA busy_timeout = 50")
+        with opened(tmp_path / "jobs.db") as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(csp.Unavailable, match="locked"):
+                add_job(store, "a")
+            assert store.get_job("a") is None
+            other.execute("ROLLBACK")
+        add_job(store, "a")
+        assert store.get_job("a").job_id == "a" and store.count_jobs()["pending"] == 1
+
+    # -- the file
+
+    @pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077], ids=oct)
+    @pytest.mark.parametrize("existing", [None, 0o666], ids=["new file", "existing file"])
+    def test_files_are_for_their_owner_only(self, tmp_path, umask, existing):
+        path = tmp_path / "jobs.db"
+        if existing:
+            path.touch()
+            path.chmod(existing)
+        before = os.umask(umask)
+        try:
+            store = csp.Store(str(path))
+            add_job(store, "a")
+            modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
+            store.close()
+        finally:
+            os.umask(before)
+        assert modes == dict.fromkeys(["jobs.db", "jobs.db-wal", "jobs.db-shm", "jobs.db.lock"], "0o600")
+
+    def test_the_database_says_whose_it_is(self, store, tmp_path):
+        values = [
+            read_rows(tmp_path / "jobs.db", f"PRAGMA {name}")[0][0]
+            for name in ("journal_mode", "user_version", "application_id", "integrity_check")
+        ]
+        assert values == ["wal", csp.SCHEMA_VERSION, csp.APPLICATION_ID, "ok"]
+
+    @pytest.mark.parametrize("pool", ["_writers", "_readers"])
+    def test_every_connection_is_durable_and_checks_references(self, store, pool):
+        pool = getattr(store, pool)
+        connections = [pool.get() for _ in range(pool.qsize())]
+        values = {
+            tuple(
+                connection.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
+            )
+            for connection in connections
+        }
+        for connection in connections:
+            pool.put(connection)
+        assert values == {("wal", 2, 1, 1)}
+
+    def test_the_predecessors_columns_are_there(self, store, tmp_path):
+        for table, columns in PREDECESSOR_COLUMNS.items():
+            assert set(columns) <= {row[1] for row in read_rows(tmp_path / "jobs.db", f"PRAGMA table_info({table})")}
+
+    def test_closing_leaves_one_file_with_everything_in_it(self, tmp_path):
+        store = csp.Store(str(tmp_path / "jobs.db"))
+        add_job(store, "a")
+        store.close()
+        assert {file.name for file in tmp_path.iterdir()} == {"jobs.db", "jobs.db.lock"}
+        (tmp_path / "copy.db").write_bytes((tmp_path / "jobs.db").read_bytes())
+        assert read_rows(tmp_path / "copy.db", "SELECT job_id FROM jobs") == [("a",)]
+
+    def test_a_store_that_is_opened_again_has_everything(self, tmp_path):
+        store = csp.Store(str(tmp_path / "jobs.db"))
+        jobs = [add_job(store, f"job-{number}", metadata='{"a": [1]}', api_key=1.5) for number in range(5)]
+        store.close()
+        store = csp.Store(str(tmp_path / "jobs.db"))
+        assert [store.get_job(job.job_id) for job in jobs] == jobs
+        assert store.count_jobs()["pending"] == 5 and store.take_seq() > max(job.seq for job in jobs)
+        store.close()
+
+    def test_a_database_in_memory_works(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        store = csp.Store(None)
+        job = claim(store, add_job(store, "a", metadata='{"k": "v"}'))
+        assert finish(store, job, data="1")
+        assert store.get_job("a").data == "1" and store.list_jobs(1, metadata=[("k", "v")]) == [(job.seq, "a")]
+        store.close()
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:"])
+    def test_a_service_in_memory_works(self, start, uri, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        client = start(SQLALCHEMY_DATABASE_URI=uri).client
+        assert client.finish(client.submit("async_echo", "a"))["data"] == ">a"
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("name", ["a b.db", "ü.db", "a%20b?c#d.db", "a'b.db", "file:a.db"])
+    def test_the_file_may_have_any_name(self, tmp_path, name):
+        store = csp.Store(str(tmp_path / name))
+        add_job(store, "a")
+        store.close()
+        store = csp.Store(str(tmp_path / name))
+        assert store.get_job("a").job_id == "a"
+        store.close()
+        assert {file.name for file in tmp_path.iterdir()} == {name, name + ".lock"}
+
+    def test_a_second_service_on_one_file_is_refused_and_names_the_first(self, store, tmp_path):
+        with pytest.raises(csp.StartError) as refusal:
+            csp.Store(str(tmp_path / "jobs.db"))
+        assert f"process {os.getpid()}" in str(refusal.value) and str(tmp_path / "jobs.db") in str(refusal.value)
+        add_job(store, "a")
+
+    def test_the_lock_dies_with_its_process(self, tmp_path):
+        path = tmp_path / "jobs.db"
+        code = "import csp, sys; store = csp.Store(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+        first = subprocess.Popen(
+            [sys.executable, "-c", code, str(path)], cwd=str(HERE), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        try:
+            assert first.stdout.readline() == b"open\n"
+            with pytest.raises(csp.StartError, match=f"process {first.pid};"):
+                csp.Store(str(path))
+        finally:
+            first.kill()
+            first.communicate()
+        csp.Store(str(path)).close()
+
+    # -- files that are not ours
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda path: path.write_bytes(b"This is a text, and longer than the header of a database file is." * 100),
+            lambda path: path.write_bytes(b"A note.\n"),
+            lambda path: path.write_bytes(b"SQLite format 3\0" + b"\xff" * 4080),
+            lambda path: make_database(path, "CREATE TABLE songs (title)", "INSERT INTO songs VALUES ('a')"),
+            lambda path: make_database(path, "CREATE TABLE jobs (job_id, salary)", "PRAGMA user_version = 1"),
+            lambda path: make_database(path, "PRAGMA journal_mode = WAL", "CREATE TABLE songs (title)"),
+            lambda path: make_database(path, "PRAGMA application_id = 7", "CREATE TABLE songs (title)"),
+            lambda path: make_newer(path),
+        ],
+        ids=[
+            "long text",
+            "short text",
+            "broken header",
+            "another program's",
+            "jobs of another kind",
+            "another's with WAL",
+            "another's with id",
+            "newer",
+        ],
+    )
+    def test_a_file_that_is_not_ours_is_refused_and_left_alone(self, tmp_path, make):
+        path = tmp_path / "jobs.db"
+        make(path)
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+        mode = path.stat().st_mode
+        with pytest.raises(csp.StartError) as refusal:
+            csp.Store(str(path))
+        assert re.fullmatch(r"The (file|database) .+\.", str(refusal.value)) and str(path) in str(refusal.value)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.suffix == ".db"} == before
+        assert path.stat().st_mode == mode and not (tmp_path / "jobs.db.lock").exists()
+
+    def test_a_newer_database_is_refused_with_both_versions(self, tmp_path):
+        make_newer(tmp_path / "jobs.db")
+        with pytest.raises(csp.StartError, match=f"schema {csp.SCHEMA_VERSION + 1}.*knows {csp.SCHEMA_VERSION}"):
+            csp.Store(str(tmp_path / "jobs.db"))
+
+    @pytest.mark.parametrize("path", ["no/such/directory/jobs.db", "."], ids=["no directory", "a directory"])
+    def test_a_path_that_can_be_no_database_is_refused(self, tmp_path, path):
+        with pytest.raises(csp.StartError, match="The database .+"):
+            csp.Store(str(tmp_path / path))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_an_empty_file_becomes_a_database(self, tmp_path):
+        (tmp_path / "jobs.db").touch()
+        store = csp.Store(str(tmp_path / "jobs.db"))
+        add_job(store, "a")
+        store.close()
+
+    def test_damaged_pages_are_a_sentence(self, tmp_path):
+        path = tmp_path / "jobs.db"
+        csp.Store(str(path)).close()
+        fill(path, 100)
+        with opened(path) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        content = bytearray(path.read_bytes())
+        content[4096:] = b"\xa5" * (len(content) - 4096)
+        path.write_bytes(bytes(content))
+        with pytest.raises(csp.StartError, match=r"The (file|database) .+\."):
+            csp.Store(str(path))
+        with opened(path) as connection:  # the lock is free again
+            assert connection.execute("PRAGMA user_version").fetchone() == (csp.SCHEMA_VERSION,)
+
+    # -- reading
+
+    @pytest.mark.parametrize("name", [name for name in READS if name.startswith("list")])
+    def test_a_list_comes_from_an_index_in_order(self, two_sizes, name):
+        statements, _ = observe(two_sizes[0], lambda: READS[name](two_sizes[0]))
+        assert len(statements) == 1
+        with csp._borrowed(two_sizes[0]._readers) as connection:
+            plan = [
+                row[3]
+                for row in connection.execute("EXPLAIN QUERY PLAN " + statements[0], [None] * statements[0].count("?"))
+            ]
+        assert plan
+        in_order = ["SCAN jobs AS j", "SCAN TABLE jobs AS j", "SCAN j"] if name == "list" else []  # by its primary key
+        hosts = ["SCAN hosts", "SCAN TABLE hosts"]
+        assert [
+            step
+            for step in plan
+            if "TEMP B-TREE" in step
+            or "AUTOMATIC" in step
+            or (step.startswith("SCAN") and "INDEX" not in step and step not in in_order + hosts)
+        ] == []
+
+    @pytest.mark.parametrize("name", READS)
+    def test_reading_costs_the_same_however_many_jobs_there_are(self, two_sizes, name):
+        small, large = (observe(store, lambda store=store: READS[name](store))[1] for store in two_sizes)
+        assert large <= small * 1.3 + 100
+
+    def test_nothing_is_left_out_of_a_list_that_is_read_in_pages(self, two_sizes):
+        store, seen, before = two_sizes[0], [], None
+        while True:
+            page = store.list_jobs(7, status="complete", metadata=[("third", "2")], before_seq=before)
+            if not page:
+                break
+            seen += page
+            before = page[-1][0]
+        assert [seq for seq, _ in seen] == [n for n in range(400, 0, -1) if n % 5 in (0, 1, 4) and n % 3 == 2]
+
+    @pytest.mark.parametrize(
+        "filters, numbers",
+        [
+            ({}, [6, 5, 4, 3, 2, 1]),
+            ({"limit": 2}, [6, 5]),
+            ({"limit": 2, "offset": 3}, [3, 2]),
+            ({"limit": 0}, []),
+            ({"offset": 6}, []),
+            ({"before_seq": 3}, [2, 1]),
+            ({"status": "pending"}, [6, 4, 2]),
+            ({"status": "error"}, []),
+            ({"metadata": [("kind", "a")]}, [6, 5, 2]),
+            ({"metadata": [("kind", "a"), ("size", "1")]}, [5, 2]),
+            ({"metadata": [("size", "1"), ("kind", "a")]}, [5, 2]),
+            ({"metadata": [("kind", "a"), ("kind", "b")]}, []),
+            ({"metadata": [("size", "1")], "status": "complete"}, [5, 3]),
+            ({"metadata": [("list", '["ü", 1]')]}, [1]),
+            ({"metadata": [("none", "null")]}, [1]),
+            ({"metadata": [("flag", "true")]}, [3]),
+            ({"metadata": [("", "")]}, [4]),
+            ({"metadata": [("kind", "A")]}, []),
+            ({"metadata": [("kind", "%")]}, []),
+            ({"metadata": [("size", "1.0")]}, []),
+            ({"metadata": [("kind", "a")], "before_seq": 6, "limit": 1}, [5]),
+            ({"metadata": [("kind", "a")], "offset": 1, "limit": 1}, [5]),
+        ],
+        ids=str,
+    )
+    def test_a_list_is_filtered(self, store, filters, numbers):
+        metadata = [
+            {"list": ["ü", 1], "none": None},
+            {"kind": "a", "size": 1},
+            {"size": 1, "flag": True},
+            {"": ""},
+            {"kind": "a", "size": "1"},
+            {"kind": "a"},
+        ]
+        for number, pairs in enumerate(metadata, 1):
+            job = add_job(store, str(number), metadata=csp.to_json(pairs))
+            if number % 2:
+                finish(store, claim(store, job))
+            elif number == 4:
+                store.mark_queued(claim(store, job), 5.0, None, lambda: None)
+            else:
+                claim(store, job)
+        found = store.list_jobs(**{"limit": 100, **filters})
+        assert [int(job_id) for _, job_id in found] == numbers
+
+    # -- counters, transitions, deletion
+
+    def test_counters_are_what_counting_gives(self, tmp_path):
+        chance, path = random.Random(4), tmp_path / "jobs.db"
+        store = csp.Store(str(path))
+        for number in range(600):
+            if number % 200 == 199:
+                store.close()
+                store = csp.Store(str(path))
+            self.do_something(store, chance, number)
+            if number % 50 == 0:
+                assert store.count_jobs() == counted(path)
+        store.close()
+        totals = counted(path)
+        assert min(totals.values()) > 5
+        assert read_rows(path, "SELECT * FROM counts WHERE jobs <> 0 ORDER BY 1, 2") == read_rows(
+            path, "SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2 ORDER BY 1, 2"
+        )
+
+    def do_something(self, store, chance, number):
+        """Do one step of a random history: add, claim, finish, requeue, cancel, delete or clear."""
+        jobs = [store.get_job(job_id) for _, job_id in store.list_jobs(1000)]
+        job = chance.choice(jobs) if jobs else None
+        action = chance.randrange(10)
+        if action < 4 or job is None:
+            add_job(store, str(number), job_type=chance.choice(["one", "two"]), status="pending")
+        elif action == 4:
+            self.batch(store, [make_job(store, job_id) for job_id in (job.job_id, f"{number}-a", f"{number}-a")])
+        elif action == 5:
+            store.claim_jobs(chance.randrange(1, 4), time.time())
+        elif action in (6, 7) and job.state in (csp.RUNNING, csp.QUEUED):
+            status = "complete" if job.state == csp.RUNNING and action == 6 else "error"
+            assert finish(store, job, status) and not finish(store, job, status)
+        elif action == 8 and job.state == csp.RUNNING:
+            assert store.mark_queued(job, 0.0, None, lambda: None)
+            assert not store.mark_queued(job, 0.0, None, lambda: None)
+        elif action == 9 and chance.random() < 0.5:
+            assert store.delete_job(job) and not store.delete_job(job)
+        elif action == 9 and chance.random() < 0.1:
+            store.delete_finished_jobs(csp.timestamp(time.time() + 1))
+
+    def test_a_late_result_changes_nothing(self, store):
+        job = claim(store, add_job(store, "a"))
+        assert store.mark_queued(job, 0.0, None, lambda: None)
+        again = claim(store, job)
+        assert (job.attempts, again.attempts) == (1, 2)
+        assert not finish(store, job, data="1")
+        assert store.get_job("a") == again
+        assert finish(store, again, data="2")
+        assert not finish(store, again, "error", error="{}") and not store.mark_cancelled(again)
+        assert (store.get_job("a").data, store.get_job("a").status) == ("2", "complete")
+
+    def test_an_illegal_move_raises(self, store):
+        job = add_job(store, "a")
+        with pytest.raises(ValueError):
+            finish(store, job, "complete")
+        with pytest.raises(ValueError):
+            store.mark_queued(job, 0.0, None, lambda: None)
+        done = claim(store, job)
+        finish(store, done)
+        with pytest.raises(ValueError):
+            finish(store, store.get_job("a"), "error")
+
+    def test_jobs_are_claimed_in_order_once_and_when_they_are_due(self, store):
+        now = time.time()
+        for job_id, run_at in (("c", 3.0), ("a", 1.0), ("b", 1.0), ("later", now + 60)):
+            add_job(store, job_id, run_at=run_at)
+        jobs, next_at = store.claim_jobs(2, now)
+        assert ([job.job_id for job in jobs], next_at) == (["a", "b"], 3.0)
+        jobs, next_at = store.claim_jobs(2, now)
+        assert ([job.job_id for job in jobs], next_at) == (["c"], now + 60)
+        assert store.claim_jobs(2, now) == ([], now + 60)
+        assert [job.job_id for job in store.list_running()] == ["c", "a", "b"]
+        assert [job.job_id for job in store.claim_jobs(2, now + 61)[0]] == ["later"]
+
+    def test_the_api_key_is_erased_when_it_is_not_needed_any_more(self, store, tmp_path):
+        for job_id, result_url in (("with", "http://a/"), ("without", None)):
+            job = add_job(store, job_id, api_key="very-secret", result_url=result_url, callback_host="a")
+            finish(store, claim(store, job))
+        assert [store.get_job(job_id).api_key for job_id in ("with", "without")] == ["very-secret", None]
+        store.mark_callback(store.get_job("with"), "pending", "answered 500", 5.0)
+        assert store.get_job("with").api_key == "very-secret"
+        store.mark_callback(store.get_job("with"), "delivered", None, None)
+        assert store.get_job("with").api_key is None
+        store.close()
+        assert b"very-secret" not in (tmp_path / "jobs.db").read_bytes()
+
+    def test_deleting_a_job_deletes_its_log_and_metadata(self, start, tmp_path):
+        client = start().client
+        jobs = [client.submit("echo", "&a", metadata={"k": "v"}, job_id=job_id) for job_id in ("gone", "kept")]
+        assert client.delete("/job/gone", key=jobs[0]["job_key"]).json == {"success": True}
+        assert client.get("/job/gone", key=jobs[0]["job_key"]).status == 404
+        assert client.get("/job?k=v").json == {"list": ["/job/kept"]}
+        for table in ("jobs", "metadata", "logs"):
+            assert read_rows(tmp_path / "jobs.db", f"SELECT DISTINCT job_id FROM {table}") == [("kept",)]
+        assert client.submit("echo", "a", job_id="gone")["logs"] == []
+
+    def test_old_jobs_are_cleared_in_slices_but_not_while_a_callback_is_due(self, tmp_path):
+        path, count = tmp_path / "jobs.db", csp.CLEAR_SLICE * 3 + 7
+        csp.Store(str(path)).close()
+        fill(path, count)
+        store = csp.Store(str(path))
+        due = [number for number in range(1, count + 1) if number % 10 == 2]
+        pending = [number for number in range(1, count + 1) if number % 5 == 3]
+        assert store.delete_finished_jobs(csp.timestamp(1_600_000_000)) == 0
+        assert store.delete_finished_jobs(csp.timestamp(1_600_000_000 + 11)) == 10 - 3
+        assert store.delete_finished_jobs(csp.timestamp(time.time())) == count - len(due) - len(pending) - 7
+        assert read_rows(path, "SELECT seq FROM jobs ORDER BY seq") == [(number,) for number in sorted(due + pending)]
+        assert store.count_jobs() == counted(path)
+        assert read_rows(path, "SELECT count(*) FROM logs") == [(2 * len(due + pending),)]
+        assert read_rows(path, "SELECT count(*) FROM metadata") == [(3 * len(due + pending),)]
+        store.close()
+
+    def test_exactly_one_slice_is_cleared(self, tmp_path):
+        path = tmp_path / "jobs.db"
+        csp.Store(str(path)).close()
+        with opened(path) as connection:
+            connection.executemany(
+                """INSERT INTO jobs (job_id, job_type, status, finished_timestamp)
+                VALUES (?, '', 'complete', '1')""",
+                [(str(number),) for number in range(csp.CLEAR_SLICE)],
+            )
+        store = csp.Store(str(path))
+        assert (store.delete_finished_jobs("2"), store.delete_finished_jobs("2")) == (csp.CLEAR_SLICE, 0)
+        store.close()
+
+    # -- the predecessor's database
+
+    def test_a_database_of_the_predecessor_is_taken_over(self, start, tmp_path):
+        make_predecessor(tmp_path / "jobs.db")
+        client = start().client
+        listed = client.get("/job").json["list"]
+        assert listed == ["/job/pending-2", "/job/pending-1", "/job/failed", "/job/bare", "/job/done"]
+        assert {key: value for key, value in show(client, "done").items() if key in EXPECTED_DONE} == EXPECTED_DONE
+        assert show(client, "failed")["error"] == {"message": "Exception: ü", "HTTP status code": 500}
+        assert show(client, "bare")["requested_timestamp"] == "2024-02-01T00:00:00.000000"
+        assert show(client, "bare")["sent_data"] == {} and show(client, "bare")["data"] is None
+        assert set(show(client, "bare")) == SHOWN_FIELDS
+        assert client.get("/job?kind=a%20text").json["list"] == ["/job/done"]
+        assert client.get("/job?size=17").json["list"] == ["/job/done"]
+        assert client.get("/job/done/data", key="key-of-done").body == '{"rows": [1, "ü"]}'.encode()
+
+    def test_a_job_that_the_predecessor_left_pending_runs(self, start, receiver, tmp_path):
+        make_predecessor(tmp_path / "jobs.db", result_url=receiver.url)
+        client = start().client
+        first, second = (eventually(lambda name=name: finished(client, name)) for name in ("pending-1", "pending-2"))
+        assert (first["status"], first["data"], first["sent_data"]) == ("complete", ">hello", "hello")
+        assert second["error"] == {"message": "do not start message with >"} and second["status"] == "error"
+        headers, body = receiver.wait()[0]
+        assert (headers["Authorization"], body["job_id"], body["data"]) == ("api-key-1", "pending-1", ">hello")
+        eventually(lambda: show(client, "pending-1")["callback"]["status"] == "delivered")
+        assert read_rows(tmp_path / "jobs.db", "SELECT count(*) FROM jobs WHERE api_key IS NOT NULL") == [(0,)]
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 3, "error": 2}
+
+    def test_a_pending_job_of_a_type_that_is_gone_ends_and_holds_nothing_up(self, start, tmp_path):
+        make_predecessor(tmp_path / "jobs.db")
+        with opened(tmp_path / "jobs.db") as connection:
+            connection.executemany(
+                "INSERT INTO jobs (job_id, job_type, status, job_key) VALUES (?, ?, 'pending', 'k')",
+                [("no-type", None), ("old-type", "push_to_datastore")],
+            )
+        client = start().client
+        assert client.submit("async_echo", "a")["status"] == "pending"
+        for job_id in ("no-type", "old-type"):
+            job = eventually(lambda job_id=job_id: finished(client, job_id), 10)
+            assert job["status"] == "error" and "not available" in job["error"]["message"]
+        assert client.finish(client.submit("async_echo", "a"), 10)["data"] == ">a"
+
+    def test_tables_of_others_stay(self, tmp_path):
+        make_predecessor(tmp_path / "jobs.db")
+        csp.Store(str(tmp_path / "jobs.db")).close()
+        assert read_rows(tmp_path / "jobs.db", "SELECT * FROM apscheduler_jobs") == [("id", 1.5, b"pickle")]
+        tables = {name for (name,) in read_rows(tmp_path / "jobs.db", "SELECT tbl_name FROM sqlite_master")}
+        assert {"jobs", "apscheduler_jobs"} <= tables and not [name for name in tables if name.startswith("old_")]
+        assert read_rows(tmp_path / "jobs.db", "PRAGMA integrity_check") == [("ok",)]
+        assert read_rows(tmp_path / "jobs.db", "PRAGMA foreign_key_check") == []
+
+    def test_a_database_is_taken_over_once(self, tmp_path):
+        make_predecessor(tmp_path / "jobs.db")
+        csp.Store(str(tmp_path / "jobs.db")).close()
+        before = dump(tmp_path / "jobs.db")
+        csp.Store(str(tmp_path / "jobs.db")).close()
+        assert dump(tmp_path / "jobs.db") == before
+
+    @pytest.mark.parametrize(
+        "data",
+        ["not json", "NaN", '{"a": NaN}', '"\\ud800"', "", "[" * 5000, '{"a": 1, "a": 2}', "1e999"],
+        ids=lambda value: value[:12] or "empty",
+    )
+    @pytest.mark.parametrize("column", ["data", "error", "sent_data"])
+    def test_what_is_not_json_in_the_predecessors_columns_is_still_shown(self, start, tmp_path, column, data):
+        make_predecessor(tmp_path / "jobs.db")
+        with opened(tmp_path / "jobs.db") as connection:
+            connection.execute(f"UPDATE jobs SET {column} = ? WHERE job_id = 'done'", (data,))
+        job = show(start().client, "done")
+        assert job["job_id"] == "done"
+        assert job["error"] is None or isinstance(job["error"]["message"], str)
+
+    @pytest.mark.parametrize(
+        "obstacle",
+        [
+            "CREATE TABLE counts (x)",
+            "CREATE TABLE old_jobs (x)",
+            "CREATE TABLE sessions (x)",
+            "CREATE INDEX metadata_by_value ON apscheduler_jobs (id)",
+        ],
+    )
+    def test_a_migration_that_fails_leaves_everything_as_it_was(self, tmp_path, obstacle):
+        path = tmp_path / "jobs.db"
+        make_predecessor(path)
+        with opened(path) as connection:
+            connection.execute(obstacle)
+        before = dump(path)
+        with pytest.raises(csp.StartError, match=r"The database .+ cannot be opened: .+\."):
+            csp.Store(str(path))
+        assert dump(path) == before
+        assert read_rows(path, "PRAGMA user_version") == [(0,)] and read_rows(path, "PRAGMA application_id") == [(0,)]
+
+    # -- sessions
+
+    def test_sessions_are_forgotten_when_they_are_old(self, store):
+        store.add_session("idle", 100.0, 0.0, 0.0)
+        store.add_session("used", 100.0, 0.0, 0.0)
+        store.mark_session_used("used", 190.0)
+        assert (store.get_session("idle"), store.get_session("no such")) == ((100.0, 100.0), None)
+        store.add_session("new", 200.0, 150.0, 50.0)
+        assert [store.get_session(name) for name in ("idle", "used", "new")] == [None, (100.0, 190.0), (200.0, 200.0)]
+        store.add_session("newer", 300.0, 150.0, 150.0)
+        store.delete_session("new")
+        assert [store.get_session(name) for name in ("used", "new", "newer")] == [None, None, (300.0, 300.0)]
+
+
+PREDECESSOR_COLUMNS = {
+    "jobs": [
+        "job_id",
+        "job_type",
+        "status",
+        "data",
+        "error",
+        "requested_timestamp",
+        "finished_timestamp",
+        "sent_data",
+        "result_url",
+        "api_key",
+        "job_key",
+    ],
+    "metadata": ["job_id", "key", "value", "type"],
+    "logs": ["job_id", "timestamp", "message", "level", "module", "funcName", "lineno"],
+}
+EXPECTED_DONE = {
+    "job_id": "done",
+    "job_type": "echo",
+    "status": "complete",
+    "sent_data": {"a": [1, "ü"]},
+    "data": {"rows": [1, "ü"]},
+    "error": None,
+    "metadata": {"kind": "a text", "size": 17, "list": ["ü", None]},
+    "result_url": None,
+    "requested_timestamp": "2024-01-02T03:04:05.000678",
+    "finished_timestamp": "2024-01-02T03:04:06.000000",
+    "logs": [
+        {
+            "timestamp": "2024-01-02T03:04:05.700000",
+            "message": "first",
+            "level": "INFO",
+            "module": "jobs",
+            "funcName": "echo",
+            "lineno": 7,
+        },
+        {
+            "timestamp": "2024-01-02T03:04:06.000000",
+            "message": "",
+            "level": "ERROR",
+            "module": "jobs",
+            "funcName": "echo",
+            "lineno": 8,
+        },
+    ],
+}
+
+
+def make_predecessor(path, result_url=None):
+    """Make a database as the predecessor leaves it: five jobs, two of them pending, and its scheduler's table."""
+    make_database(
+        path,
+        """CREATE TABLE jobs (job_id TEXT NOT NULL, job_type TEXT, status TEXT, data TEXT, error TEXT,
+            requested_timestamp DATETIME, finished_timestamp DATETIME, sent_data TEXT, result_url TEXT, api_key TEXT,
+            job_key TEXT, PRIMARY KEY (job_id))""",
+        """CREATE TABLE metadata (job_id TEXT NOT NULL, key TEXT NOT NULL, value TEXT, type TEXT,
+            PRIMARY KEY (job_id, key), FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE)""",
+        """CREATE TABLE logs (job_id TEXT NOT NULL, timestamp DATETIME, message TEXT, level TEXT, module TEXT,
+            "funcName" TEXT, lineno INTEGER, FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE)""",
+        """CREATE TABLE apscheduler_jobs (id VARCHAR(191) NOT NULL, next_run_time FLOAT, job_state BLOB NOT NULL,
+            PRIMARY KEY (id))""",
+        "CREATE INDEX ix_apscheduler_jobs_next_run_time ON apscheduler_jobs (next_run_time)",
+        "INSERT INTO apscheduler_jobs VALUES ('id', 1.5, x'7069636b6c65')",
+    )
+    jobs = [
+        (
+            "pending-1",
+            "echo",
+            "pending",
+            None,
+            None,
+            "2024-03-01 00:00:01.000000",
+            None,
+            '"hello"',
+            result_url,
+            "api-key-1",
+            "key-of-pending-1",
+        ),
+        (
+            "pending-2",
+            "async_echo",
+            "pending",
+            None,
+            None,
+            "2024-03-01 00:00:02.000000",
+            None,
+            '">x"',
+            None,
+            "api-key-2",
+            "key-of-pending-2",
+        ),
+        ("bare", "echo", "complete", None, None, "2024-02-01 00:00:00", None, None, None, None, None),
+        (
+            "failed",
+            "echo",
+            "error",
+            None,
+            json.dumps({"message": "Exception: ü", "HTTP status code": 500}),
+            "2024-02-02 00:00:00.000000",
+            "2024-02-02 00:00:01.000000",
+            "1",
+            "http://127.0.0.1:1/",
+            None,
+            "key-of-failed",
+        ),
+        (
+            "done",
+            "echo",
+            "complete",
+            json.dumps({"rows": [1, "ü"]}),
+            None,
+            "2024-01-02 03:04:05.000678",
+            "2024-01-02 03:04:06",
+            json.dumps({"a": [1, "ü"]}),
+            None,
+            None,
+            "key-of-done",
+        ),
+    ]
+    with opened(path) as connection:
+        connection.executemany(f"INSERT INTO jobs VALUES ({', '.join('?' * 11)})", jobs)
+        connection.executemany(
+            "INSERT INTO metadata VALUES ('done', ?, ?, ?)",
+            [("kind", "a text", "string"), ("size", "17", "json"), ("list", json.dumps(["ü", None]), "json")],
+        )
+        connection.executemany(
+            "INSERT INTO logs VALUES ('done', ?, ?, ?, 'jobs', 'echo', ?)",
+            [("2024-01-02 03:04:05.700000", "first", "INFO", 7), ("2024-01-02 03:04:06", None, "ERROR", 8)],
+        )
+
+
+def make_database(path, *statements):
+    with opened(path) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def make_newer(path):
+    """Make a database of a csp.py that is newer than this one."""
+    csp.Store(str(path)).close()
+    make_database(path, f"PRAGMA user_version = {csp.SCHEMA_VERSION + 1}")
+    path.with_name(path.name + ".lock").unlink()
+
+
+def dump(path):
+    with opened(path) as connection:
+        return list(connection.iterdump())
+
+
+def counted(path):
+    """Count the jobs of each status by looking at each."""
+    return {
+        "pending": 0,
+        "complete": 0,
+        "error": 0,
+        **dict(read_rows(path, "SELECT status, count(*) FROM jobs GROUP BY status")),
+    }
+
+
+def result_of(write):
+    """Return what a Write returns, or the error that it raises."""
+    try:
+        return write.wait()
+    except (ValueError, csp.CspError) as error:
+        return error
+
+
+def show(client, job_id):
+    answer = client.get("/job/" + job_id, key=SECURE_KEY)
+    assert answer.status == 200, answer.body
+    return answer.json
+
+
+def finished(client, job_id):
+    job = show(client, job_id)
+    return job if job["status"] != "pending" else None
+
+
+HOST = b"Host: a\r\n"
+JSON_BODY = b'{"job_type": "echo", "api_key": "k", "data": 1}'
+POST = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+def length(value):
+    return POST + b"Content-Length: " + value + b"\r\n\r\n" + JSON_BODY
+
+
+def chunked(body, coding=b"chunked", more=b""):
+    return POST + b"Transfer-Encoding: " + coding + b"\r\n" + more + b"\r\n" + body
+
+
+def field(line):
+    return b"GET /status HTTP/1.1\r\nHost: a\r\n" + line + b"\r\n\r\n"
+
+
+SIZE = b"%d" % len(JSON_BODY)
+CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(JSON_BODY), JSON_BODY)
+NOW_CLOSED, GOES_ON = False, True
+RAW_REQUESTS = [  # bytes, status, whether the connection goes on
+    # request lines
+    (b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"\r\nGET /status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"\r\n\r\n\r\nGET /status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET /status HTTP/1.0\r\n\r\n", 200, NOW_CLOSED),
+    (b"GET /status HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, GOES_ON),
+    (b"GET /status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", 200, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a\r\nConnection: foo, CLOSE\r\n\r\n", 200, NOW_CLOSED),
+    (b"GET /status HTTP/1.9\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET /status HTTP/2.0\r\nHost: a\r\n\r\n", 505, NOW_CLOSED),
+    (b"GET /status HTTP/0.9\r\nHost: a\r\n\r\n", 505, NOW_CLOSED),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, NOW_CLOSED),
+    (b"GET /status\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1 \r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b" GET /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET  /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET\t/status\tHTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET\xa0/status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status\x0bHTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /sta\x85tus HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /sta\x00tus HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /\xc3\xa4 HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status http/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1x\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/11\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.10\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTPS/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"G\xc3\x84T /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GE(T /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"get /status HTTP/1.1\r\nHost: a\r\n\r\n", 405, GOES_ON),
+    (b"BREW /status HTTP/1.1\r\nHost: a\r\n\r\n", 405, GOES_ON),
+    (b"BREW /nothing HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"A" * 33 + b" /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"TRACE /status HTTP/1.1\r\nHost: a\r\n\r\n", 405, GOES_ON),
+    (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET * HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204, GOES_ON),
+    (b"GET http://a/status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET HTTP://a:80/status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET http://a?x=1 HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET ftp://a/status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status#x HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status?x=1 HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET /status/ HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
+    (b"GET //status HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"GET //evil.example/%2f.. HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"GET /../status HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"GET /%73tatus HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"GET /job/%ff HTTP/1.1\r\nHost: a\r\n\r\n", 409, GOES_ON),
+    (b"GET /job/%00 HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"GET /job/a%2fb HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"GET /job/%zz HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
+    (b"GET /job/%ed%a0%80 HTTP/1.1\r\nHost: a\r\n\r\n", 409, GOES_ON),
+    (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414, NOW_CLOSED),
+    (b"GET /" + b"a" * 9000, 414, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\nHost: a\n\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\rHost: a\r\r\n\r\n", 400, NOW_CLOSED),
+    (b"\nGET /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, NOW_CLOSED),
+    (b"\x00" * 20 + b"\r\n\r\n", 400, NOW_CLOSED),
+    # Host
+    (b"GET /status HTTP/1.1\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a\r\nhOST: b\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a, b\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a b\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a/b\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: u@a\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a:b\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: a:123456\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: [::1\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: \xe4\r\n\r\n", 400, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", 200, GOES_ON),
+    (b"GET /status HTTP/1.1\r\nHost:\r\n\r\n", 200, GOES_ON),
+    (b"GET /status HTTP/1.1\r\nHost:a.example:8000\r\n\r\n", 200, GOES_ON),
+    # fields
+    (field(b"X: 1"), 200, GOES_ON),
+    (field(b"X:"), 200, GOES_ON),
+    (field(b"X: \t 1 \t "), 200, GOES_ON),
+    (field(b"X: \xe4\xff"), 200, GOES_ON),
+    (field(b"X-!#$%&'*+.^_`|~: 1"), 200, GOES_ON),
+    (field(b"X : 1"), 400, NOW_CLOSED),
+    (field(b"X\t: 1"), 400, NOW_CLOSED),
+    (field(b" X: 1"), 400, NOW_CLOSED),
+    (field(b"X: 1\r\n folded"), 400, NOW_CLOSED),
+    (field(b"X: 1\r\n\tfolded"), 400, NOW_CLOSED),
+    (field(b"X"), 400, NOW_CLOSED),
+    (field(b": 1"), 400, NOW_CLOSED),
+    (field(b"X(: 1"), 400, NOW_CLOSED),
+    (field(b"X\xe4: 1"), 400, NOW_CLOSED),
+    (field(b"X: a\x00b"), 400, NOW_CLOSED),
+    (field(b"X: a\rb"), 400, NOW_CLOSED),
+    (field(b"X: a\nb"), 400, NOW_CLOSED),
+    (field(b"X: a\x0bb"), 400, NOW_CLOSED),
+    (field(b"X: a\x7fb"), 400, NOW_CLOSED),
+    (field(b"X\x00: 1"), 400, NOW_CLOSED),
+    (field(b"X\r: 1"), 400, NOW_CLOSED),
+    (field(b"X: 1\r\nX: 2"), 200, GOES_ON),
+    (field(b"Authorization: a\r\nAuthorization: b"), 400, NOW_CLOSED),
+    (field(b"Content-Type: a\r\nContent-Type: b"), 400, NOW_CLOSED),
+    (field(b"\r\n".join([b"X: 1"] * 99)), 200, GOES_ON),
+    (field(b"\r\n".join([b"X: 1"] * 100)), 431, NOW_CLOSED),
+    (field(b"X: " + b"a" * 60_000), 200, GOES_ON),
+    (field(b"X: " + b"a" * 70_000), 431, NOW_CLOSED),
+    (b"GET /status HTTP/1.1\r\nX: " + b"a" * 70_000, 431, NOW_CLOSED),
+    # lengths
+    (length(SIZE), 200, GOES_ON),
+    (length(b"0" + SIZE), 200, GOES_ON),
+    (length(b"  " + SIZE + b"  "), 200, GOES_ON),
+    (length(b"+" + SIZE), 400, NOW_CLOSED),
+    (length(b"-" + SIZE), 400, NOW_CLOSED),
+    (length(b"0x2f"), 400, NOW_CLOSED),
+    (length(b"4_7"), 400, NOW_CLOSED),
+    (length(b"4 7"), 400, NOW_CLOSED),
+    (length(b"47.0"), 400, NOW_CLOSED),
+    (length(b"47, 47"), 400, NOW_CLOSED),
+    (length(b"47;"), 400, NOW_CLOSED),
+    (length(b""), 400, NOW_CLOSED),
+    (length(b"\xb2"), 400, NOW_CLOSED),
+    (length(b"abc"), 400, NOW_CLOSED),
+    (length(SIZE + b"\r\nContent-Length: " + SIZE), 400, NOW_CLOSED),
+    (length(SIZE + b"\r\nContent-Length: 0"), 400, NOW_CLOSED),
+    (length(SIZE + b"\r\nContent-Length : 0"), 400, NOW_CLOSED),
+    (length(b"99999999999"), 413, NOW_CLOSED),
+    (length(b"9" * 400), 413, NOW_CLOSED),
+    (POST + b"\r\n", 409, GOES_ON),
+    # chunks
+    (chunked(CHUNKS), 200, GOES_ON),
+    (chunked(CHUNKS, b"Chunked"), 200, GOES_ON),
+    (chunked(b"%X ; a=b\r\n%b\r\n0;x\r\n\r\n" % (len(JSON_BODY), JSON_BODY)), 200, GOES_ON),
+    (chunked(b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_BODY) + b"0\r\n\r\n"), 200, GOES_ON),
+    (chunked(CHUNKS[:-2] + b"X: trailer\r\n\r\n"), 200, GOES_ON),
+    (chunked(CHUNKS[:-2] + b"X : trailer\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(CHUNKS[:-2] + b"trailer\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(CHUNKS[:-2] + b"X: 1\r\n" * 200 + b"\r\n"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, more=b"Content-Length: 5\r\n"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b"gzip, chunked"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b"chunked, chunked"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b"chunked, identity"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b"identity"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b"\x0bchunked"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b"xchunked"), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b""), 400, NOW_CLOSED),
+    (chunked(CHUNKS, b"chunked\r\nTransfer-Encoding: chunked"), 400, NOW_CLOSED),
+    (chunked(CHUNKS).replace(b"HTTP/1.1", b"HTTP/1.0"), 400, NOW_CLOSED),
+    (chunked(b"0x2f\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"+2f\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b" 2f\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"-1\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"g\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"2f\n" + JSON_BODY + b"\n0\n\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"2f\r\n" + JSON_BODY + b"xx0\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"2e\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
+    (chunked(b"f" * 17 + b"\r\n"), 400, NOW_CLOSED),
+    (chunked(b"fffffffffffffff\r\n"), 413, NOW_CLOSED),
+    (chunked(b"1;" + b"a" * 5000 + b"\r\n"), 400, NOW_CLOSED),
+    (chunked(b"1;\x00\r\n"), 400, NOW_CLOSED),
+    # expectations
+    (length(SIZE).replace(b"Host", b"Expect: 200-ok\r\nHost"), 417, NOW_CLOSED),
+    (length(b"99999999999").replace(b"Host", b"Expect: 100-continue\r\nHost"), 413, NOW_CLOSED),
+    (length(SIZE).replace(b"Host", b"Expect: 100-continue\r\nHost").replace(b"1.1", b"1.0"), 200, NOW_CLOSED),
+    # bodies where none is needed are no next request
+    (
+        b"DELETE /job HTTP/1.1\r\nHost: a\r\nContent-Length: 31\r\n\r\nGET /user HTTP/1.1\r\nHost: a\r\n\r\n",
+        403,
+        GOES_ON,
+    ),
+    (b"GET /status HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 200, GOES_ON),
+    (b"GET /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 404, GOES_ON),
+    (b"PUT /status HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 405, GOES_ON),
+    (b"HEAD /status HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 200, GOES_ON),
+    (b"OPTIONS /job HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 204, GOES_ON),
+]
+
+
+@pytest.fixture(scope="class")
+def wire(tmp_path_factory):
+    """A running service that a class of tests shares, with short times."""
+    running = RunningService(
+        tmp_path_factory.mktemp("wire") / "jobs.db",
+        example_registry(),
+        HEADER_SECONDS=2,
+        BODY_SECONDS=2,
+        IDLE_SECONDS=5,
+    )
+    yield running
+    running.stop()
+
+
+def read_answer(connection, buffer, has_body=True):
+    """Read one answer with a Content-Length from a socket; return status, headers (bytes), body; None at its end."""
+    while b"\r\n\r\n" not in buffer:
+        part = connection.recv(65536)
+        if not part:
+            return None
+        buffer += part
+    head, _, _ = bytes(buffer).partition(b"\r\n\r\n")
+    del buffer[: len(head) + 4]
+    found = re.search(rb"(?i)content-length: (\d+)", head)
+    size = int(found[1]) if found and has_body else 0
+    while len(buffer) < size:
+        buffer += connection.recv(65536)
+    body = bytes(buffer[:size])
+    del buffer[:size]
+    return int(head[9:12]), head, body
+
+
+class TestWire:
+    """Raw bytes: what is answered, and whether the connection goes on."""
+
+    @pytest.mark.parametrize("data, status, goes_on", RAW_REQUESTS, ids=[str(row[0][:60]) for row in RAW_REQUESTS])
+    def test_a_raw_request_is_answered_as_it_should_be(self, wire, data, status, goes_on):
+        parts = urllib.parse.urlsplit(wire.server.url)
+        buffer = bytearray()
+        with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS) as connection:
+            connection.sendall(data)
+            is_head = data.startswith(b"HEAD")
+            answer = read_answer(connection, buffer, has_body=not is_head)
+            assert answer is not None and answer[0] == status
+            if not is_head and status != 204:
+                value = json.loads(answer[2].decode("utf-8"))
+                assert (status < 400) or isinstance(value["error"], str)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"GET /user HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+                following = read_answer(connection, buffer)
+                assert (following is not None) == goes_on
+                assert not goes_on or json.loads(following[2].decode("utf-8"))["name"] == "Anonymous"
+                return
+            assert not goes_on
+
+    def test_there_are_enough_cases(self):
+        assert len(RAW_REQUESTS) >= 150
+
+    def test_pipelined_requests_are_answered_in_order(self, wire):
+        answers = raw_exchange(
+            wire.server.url,
+            length(SIZE) * 3 + field(b"X: 1") + b"GET /nothing HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        )
+        assert re.findall(rb"HTTP/1.1 (\d+) ", answers) == [b"200", b"200", b"200", b"200", b"404"]
+
+    def test_100_continue_is_sent_once_and_only_when_the_body_is_awaited(self, wire):
+        parts = urllib.parse.urlsplit(wire.server.url)
+        head, _, body = length(SIZE).partition(b"\r\n\r\n")
+        head += b"\r\nExpect: 100-continue\r\n\r\n"
+        with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS) as connection:
+            connection.sendall(head)
+            assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            connection.sendall(body)
+            assert read_answer(connection, bytearray())[0] == 200
+            connection.sendall(head + body)
+            assert read_answer(connection, bytearray())[0] == 200
+
+    def test_20000_mutated_requests_leave_the_service_well(self, wire, caplog):
+        chance = random.Random(20261123)
+        seeds = [data for data, _, _ in RAW_REQUESTS if len(data) < 600]
+        logging.getLogger("csp").propagate = True
+        parts = urllib.parse.urlsplit(wire.server.url)
+        statuses = set()
+
+        def mutate():
+            data = bytearray(chance.choice(seeds))
+            for _ in range(chance.randint(1, 4)):
+                place = chance.randrange(len(data) + 1)
+                kind = chance.randrange(4)
+                if kind == 0:
+                    data[place : place + chance.randint(1, 5)] = b""
+                elif kind == 1:
+                    data[place:place] = bytes([chance.randrange(256)])
+                elif kind == 2:
+                    data[place:place] = chance.choice([b"\r\n", b"\n", b"\x00", b":", b" ", b"\r\n\r\n", b"chunked"])
+                else:
+                    other = chance.choice(seeds)
+                    data[place:] = other[chance.randrange(len(other) + 1) :]
+            return bytes(data)
+
+        def exchange(requests):
+            for request in requests:
+                with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS) as connection:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no TIME_WAIT
+                    received = b""
+                    with contextlib.suppress(ConnectionError):
+                        connection.sendall(request)
+                        connection.shutdown(socket.SHUT_WR)
+                        while True:
+                            part = connection.recv(65536)
+                            if not part:
+                                break
+                            received += part
+                    statuses.update(re.findall(rb"HTTP/1.1 (\d+) ", received))
+
+        mutated = [mutate() for _ in range(20_000)]
+        with caplog.at_level(logging.ERROR, "csp"):
+            threads = [threading.Thread(target=exchange, args=(mutated[part::4],)) for part in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert statuses and b"500" not in statuses
+        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert wire.client.get("/status").status == 200
+
+
+def memory_kilobytes(pid):
+    """Return the resident memory of a process (Linux)."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+
+
+def thread_count(pid):
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+ECHO_MODULE = """
+    import csp.job as job
+
+    @job.synchronous
+    def echo(task_id, input):
+        return input.get("data")
+    """
+
+
+@pytest.fixture
+def many_files():
+    """Let this process open 4,000 files for the time of a test."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    hard = before[1]
+    if hard != resource.RLIM_INFINITY and hard < 4000:
+        pytest.skip("the system allows too few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def open_connections(url, count, data=b""):
+    parts = urllib.parse.urlsplit(url)
+    connections = []
+    for _ in range(count):
+        connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS)
+        connection.sendall(data)
+        connections.append(connection)
+    return connections
+
+
+def is_closed(connection):
+    """Return whether the other side has closed, reading what is there."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(65536) == b"" or is_closed(connection)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+class TestStrangers:
+    """Clients that mean no good: none of them may cost the others more than a moment."""
+
+    @linux_only
+    def test_half_open_and_idle_connections_delay_nobody_and_are_gone_in_time(self, launch, many_files):
+        server = launch(
+            ECHO_MODULE,
+            environ={
+                "CSP_HEADER_SECONDS": "2",
+                "CSP_BODY_SECONDS": "2",
+                "CSP_IDLE_SECONDS": "3",
+                "CSP_MAX_CONNECTIONS_PER_ADDRESS": "1000",
+            },
+        )
+        assert server.client.get("/status").status == 200
+        threads, memory = thread_count(server.process.pid), memory_kilobytes(server.process.pid)
+        head = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
+        strangers = (
+            open_connections(server.url, 150, head)
+            + open_connections(server.url, 150, head + b"\r\n{")
+            + open_connections(server.url, 500)
+        )
+        for _ in range(20):
+            started = time.monotonic()
+            assert server.client.get("/status").status == 200
+            assert time.monotonic() - started < 1.0
+        eventually(lambda: all(map(is_closed, strangers)), 15.0)
+        for connection in strangers:
+            connection.close()
+        eventually(lambda: thread_count(server.process.pid) <= threads + 2)
+        assert memory_kilobytes(server.process.pid) < memory + 60_000
+
+    @linux_only
+    def test_dripping_bytes_do_not_prolong_the_time_for_a_head(self, start):
+        running = start(HEADER_SECONDS=1)
+        connection = open_connections(running.server.url, 1, b"GET / HTTP/1.1\r\n")[0]
+        started = time.monotonic()
+
+        def drip():
+            with contextlib.suppress(OSError):
+                connection.send(b"X")
+            return is_closed(connection)
+
+        eventually(drip, 10.0)
+        assert time.monotonic() - started < 5.0
+        connection.close()
+
+    def test_when_all_places_are_taken_by_idle_connections_a_new_one_gets_in(self, start):
+        running = start(MAX_CONNECTIONS=10)
+        idle = open_connections(running.server.url, 30)
+        for _ in range(5):
+            assert running.client.get("/status").status == 200
+        for connection in idle:
+            connection.close()
+
+    def test_one_address_cannot_take_all_places(self, start):
+        running = start(MAX_CONNECTIONS=50, MAX_CONNECTIONS_PER_ADDRESS=5)
+        busy = open_connections(running.server.url, 5, b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+        eventually(
+            lambda: (
+                not any(handler.is_idle for handler in list(running.server._handlers))
+                and len(running.server._handlers) == 5
+            )
+        )
+        answer = raw_exchange(running.server.url, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in answer
+        for connection in busy:
+            connection.close()
+        eventually(lambda: not running.server._handlers)
+        assert running.client.get("/status").status == 200
+
+    @linux_only
+    def test_a_body_too_large_is_refused_by_its_declared_length_and_costs_no_memory(self, launch):
+        server = launch(ECHO_MODULE, environ={"CSP_MAX_BODY_BYTES": "1000000"})
+        assert server.client.get("/status").status == 200
+        memory = memory_kilobytes(server.process.pid)
+        head = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        answer = raw_exchange(server.url, head + b"Content-Length: 10000000000\r\n\r\n{")
+        assert answer.startswith(b"HTTP/1.1 413 ") and b"Connection: close" in answer
+        connection = open_connections(server.url, 1, head + b"Content-Length: 100000000\r\n\r\n")[0]
+        sent = self._send_until_refused(connection, b"x" * 65536)
+        assert sent < 50_000_000
+        connection = open_connections(server.url, 1, head + b"Transfer-Encoding: chunked\r\n\r\n")[0]
+        sent = self._send_until_refused(connection, b"10000\r\n" + b"x" * 65536 + b"\r\n")
+        assert sent < 50_000_000
+        assert memory_kilobytes(server.process.pid) < memory + 10_000
+        assert server.client.submit("echo", 1)["data"] == 1
+
+    @staticmethod
+    def _send_until_refused(connection, piece, limit=100_000_000):
+        sent = 0
+        with contextlib.suppress(OSError):
+            while sent < limit:
+                connection.sendall(piece)
+                sent += len(piece)
+        connection.close()
+        return sent
+
+
+class TestGuessing:
+    """Guessing the password."""
+
+    @pytest.mark.parametrize("way", ["form", "basic"])
+    def test_guessing_is_throttled_and_another_address_still_gets_in(self, start, way):
+        running = start(TRUSTED_PROXIES="127.0.0.1")
+
+        def attempt(password, address):
+            if way == "basic":
+                return running.client.get("/login", key=basic("admin", password), **{"X-Forwarded-For": address})
+            return running.client.request(
+                "POST",
+                "/login",
+                urllib.parse.urlencode({"username": "admin", "password": password}),
+                {"Content-Type": "application/x-www-form-urlencoded", "X-Forwarded-For": address},
+            )
+
+        answers = [attempt(f"guess {number}", "192.0.2.1") for number in range(csp.FREE_FAILURES + 1)]
+        assert [answer.status for answer in answers] == [401] * csp.FREE_FAILURES + [429]
+        assert int(answers[-1].headers["Retry-After"]) >= 1
+        assert attempt(SETTINGS["PASSWORD"], "192.0.2.1").status == 429
+        assert attempt(SETTINGS["PASSWORD"], "192.0.2.2").status == 302
+
+    def test_basic_on_any_route_is_throttled_too(self, start):
+        running = start()
+        job = running.client.submit("echo", "hi")
+        statuses = [
+            running.client.get("/job/" + job["job_id"], key=basic("admin", str(number))).status
+            for number in range(csp.FREE_FAILURES + 1)
+        ]
+        assert statuses == [403] * csp.FREE_FAILURES + [429]
+        assert running.client.get("/job/" + job["job_id"], key=job["job_key"]).status == 200
+
+    def test_many_addresses_leave_each_one_failure_and_lock_nobody_out(self):
+        now = [0.0]
+        throttle = csp.LoginThrottle(lambda: now[0])
+        for number in range(csp.MANY_FAILURES):
+            throttle.note(f"198.51.{number // 200}.{number % 200}", False)
+        throttle.check("192.0.2.1")
+        throttle.note("192.0.2.1", False)
+        with pytest.raises(csp.TooManyRequests):
+            throttle.check("192.0.2.1")
+        throttle.check("192.0.2.2")
+        now[0] += csp.THROTTLE_SECONDS + 1
+        throttle.check("192.0.2.1")
+
+    def test_waiting_doubles_and_a_success_forgives(self):
+        now = [0.0]
+        throttle = csp.LoginThrottle(lambda: now[0])
+        waits = []
+        for _ in range(csp.FREE_FAILURES):
+            throttle.note("2001:db8::1", False)
+        for _ in range(5):
+            with pytest.raises(csp.TooManyRequests) as refused:
+                throttle.check("2001:db8::2")  # the same network of 64 bits
+            waits.append(int(dict(refused.value.headers)["Retry-After"]) - 1)
+            now[0] += waits[-1] + 1
+            throttle.check("2001:db8::2")
+            throttle.note("2001:db8::2", False)
+        assert waits == [1, 2, 4, 8, 16]
+        throttle.note("2001:db8::1", True)
+        throttle.check("2001:db8::1")
+
+    def test_memory_for_addresses_is_bounded(self):
+        throttle = csp.LoginThrottle()
+        for number in range(csp.MAX_THROTTLED + 100):
+            throttle.note(f"10.{number // 65536}.{number // 256 % 256}.{number % 256}", False)
+        assert len(throttle._failures) == csp.MAX_THROTTLED
+
+    @pytest.mark.parametrize(
+        "name, value, is_warned",
+        [
+            ("PASSWORD", "pass", True),
+            ("PASSWORD", "please_replace_me", True),
+            ("SECRET_KEY", "please_replace_me", True),
+            ("SECRET_KEY", "s3cr3t", True),
+            ("PASSWORD", "correct horse battery staple", False),
+        ],
+    )
+    def test_a_guessable_secret_is_warned_about_at_the_start(self, start, caplog, name, value, is_warned):
+        logging.getLogger("csp").propagate = True
+        with caplog.at_level(logging.WARNING, "csp"):
+            start(**{name: value})
+        assert any(name in record.getMessage() for record in caplog.records) == is_warned
+        assert value not in caplog.text
+
+
+class TestOrigins:
+    """What a page of another site can make a browser do."""
+
+    SAME = {"Sec-Fetch-Site": "same-origin"}
+    OTHER = {"Sec-Fetch-Site": "cross-site", "Origin": "https://evil.example"}
+
+    @pytest.mark.parametrize(
+        "headers, status",
+        [
+            ({}, 403),
+            (SAME, 200),
+            (OTHER, 403),
+            ({"Sec-Fetch-Site": "same-site"}, 403),
+            ({"Origin": "null"}, 403),
+            ({"Origin": "https://evil.example"}, 403),
+        ],
+        ids=str,
+    )
+    def test_a_cookie_changes_something_only_from_a_page_of_this_service(self, client, headers, status):
+        login = client.get("/login", key=ADMIN)
+        cookie = login.headers["Set-Cookie"].partition(";")[0]
+        assert client.delete("/job?days=10", Cookie=cookie, **headers).status == status
+        assert client.get("/user", Cookie=cookie, **headers).json["id"] == 0
+
+    def test_an_origin_that_is_the_host_is_the_same(self, client):
+        cookie = client.get("/login", key=ADMIN).headers["Set-Cookie"].partition(";")[0]
+        origin = client.url.rstrip("/")
+        assert client.delete("/job?days=10", Cookie=cookie, Origin=origin).status == 200
+
+    @pytest.mark.parametrize("headers, status", [({}, 200), (SAME, 200), (OTHER, 403)], ids=str)
+    def test_basic_credentials_count_unless_another_site_sends_them(self, client, headers, status):
+        assert client.delete("/job?days=10", key=ADMIN, **headers).status == status
+
+    def test_another_site_cannot_log_a_browser_in(self, client):
+        answer = client.request(
+            "POST",
+            "/login",
+            "username=admin&password=x",
+            {"Content-Type": "application/x-www-form-urlencoded", **self.OTHER},
+        )
+        assert answer.status == 403 and "Set-Cookie" not in answer.headers
+
+    def test_pages_of_named_origins_may_read_and_others_may_not(self, start):
+        client = start(CORS_ORIGINS="https://good.example").client
+        good = client.request("OPTIONS", "/job", headers={"Origin": "https://good.example"})
+        assert good.status == 204 and good.headers["Access-Control-Allow-Origin"] == "https://good.example"
+        assert "Authorization" in good.headers["Access-Control-Allow-Headers"]
+        for answer in (client.get("/status", Origin="https://evil.example"), client.get("/status")):
+            assert "Access-Control-Allow-Origin" not in answer.headers and answer.headers["Vary"] == "Origin"
+        assert "Access-Control-Allow-Credentials" not in good.headers
+
+    def test_without_the_setting_no_origin_is_answered(self, client):
+        answer = client.request("OPTIONS", "/job", headers={"Origin": "https://good.example"})
+        assert not [name for name in answer.headers if name.lower().startswith("access-control")]
+
+
+class TestApiKeys:
+    """API_KEYS: who may submit."""
+
+    def test_only_the_listed_keys_may_submit(self, start):
+        client = start(API_KEYS=["one-good-key", csp.hash_password("hashed-key")]).client
+        for api_key, status in (("one-good-key", 200), ("hashed-key", 200), ("another", 403), ("scrypt$", 403)):
+            answer = client.post("/job", {"job_type": "echo", "api_key": api_key, "data": "x"})
+            assert answer.status == status, api_key
+        assert client.get("/status").json["stats"]["complete"] == 2
+
+    def test_a_malformed_hash_stops_the_start(self, start):
+        with pytest.raises(csp.StartError, match="API_KEYS"):
+            start(API_KEYS="scrypt$nonsense")
+
+
+class TestCallbackHosts:
+    """CALLBACK_HOSTS: where callbacks may go."""
+
+    @pytest.mark.parametrize(
+        "allowed, host, addresses, reached",
+        [
+            ((), "anywhere", ["127.0.0.1"], True),
+            (("public",), "innocent.example", ["127.0.0.1"], False),
+            (
+                ("public",),
+                "innocent.example",
+                ["10.0.0.1", "192.168.0.1", "169.254.169.254", "::1", "fe80::1%lo"],
+                False,
+            ),
+            (("public",), "innocent.example", ["::ffff:127.0.0.1"], False),
+            (("127.0.0.0/8",), "innocent.example", ["127.0.0.1"], True),
+            (("innocent.example",), "INNOCENT.example", ["127.0.0.1"], True),
+            (("other.example",), "innocent.example", ["127.0.0.1"], False),
+            (("public", "127.0.0.1"), "innocent.example", ["127.0.0.1"], True),
+        ],
+    )
+    def test_the_resolved_address_decides(self, receiver, allowed, host, addresses, reached):
+        port = urllib.parse.urlsplit(receiver.url).port
+        policy = csp.CallbackPolicy(allowed, lambda host, port: addresses)
+        if reached:
+            policy.connect(host, port, 5.0).close()
+        else:
+            with pytest.raises(PermissionError, match="CALLBACK_HOSTS"):
+                policy.connect(host, port, 5.0)
+
+    def test_a_name_is_resolved_once_so_rebinding_gains_nothing(self, receiver):
+        answers = [["127.0.0.1"], ["127.0.0.1"]]
+        policy = csp.CallbackPolicy(("public",), lambda host, port: answers.pop(0))
+        with pytest.raises(PermissionError):
+            policy.connect("rebound.example", urllib.parse.urlsplit(receiver.url).port, 5.0)
+        assert len(answers) == 1
+
+    def test_a_forbidden_receiver_gets_nothing_and_the_job_says_why(self, start, receiver):
+        client = start(CALLBACK_HOSTS="public").client
+        job = client.submit("async_echo", "hi", result_url=receiver.url)
+        shown = eventually(lambda: (client.show(job)["callback"] or {}).get("attempts") and client.show(job))
+        assert "CALLBACK_HOSTS" in shown["callback"]["error"] and not receiver.received
+
+    def test_a_receiver_that_drips_its_answer_is_cut_off(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "CALLBACK_SECONDS", 1.0)
+        listener = socket.create_server(("127.0.0.1", 0))
+        done = threading.Event()
+
+        def drip():
+            connection, _ = listener.accept()
+            with contextlib.suppress(OSError):
+                while not done.wait(0.05):
+                    connection.send(b"H")
+            connection.close()
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        running = start()
+        job = running.client.submit("async_echo", "hi", result_url="http://127.0.0.1:%d/" % listener.getsockname()[1])
+        shown = eventually(
+            lambda: (running.client.show(job)["callback"] or {}).get("attempts") and running.client.show(job), 10.0
+        )
+        assert shown["callback"]["status"] == "pending"
+        done.set()
+        listener.close()
+        thread.join()
+
+
+class TestSecrets:
+    """No secret is where it need not be."""
+
+    def test_no_answer_log_line_or_database_byte_holds_a_secret_it_should_not(self, launch, receiver, tmp_path):
+        server = launch(
+            ECHO_MODULE
+            + """
+    @job.asynchronous
+    def later(task_id, input):
+        return "done"
+    """
+        )
+        key = "api-key-" + uuid.uuid4().hex
+        jobs = [
+            server.client.submit("echo", "x", api_key=key, result_url=receiver.url),
+            server.client.submit("later", "x", api_key=key, result_url=receiver.url),
+            server.client.submit("later", "x", api_key=key),
+        ]
+        receiver.wait(2)
+        answers = [json.dumps(job) for job in jobs]
+        for job in jobs:
+            eventually(
+                lambda job=job: (
+                    server.client.show(job)["callback"]
+                    in (None, {**(server.client.show(job)["callback"] or {}), "status": "delivered"})
+                )
+            )
+            for path in ("", "/data", "?limit=1"):
+                for credentials in (job["job_key"], ADMIN, SECURE_KEY, "wrong", None):
+                    answers.append(server.client.get(f"/job/{job['job_id']}{path}", key=credentials).body.decode())
+        for path in ("/", "/status", "/user", "/job", "/login", "/nothing"):
+            answers += [str(server.client.get(path, key=k).body) for k in (None, ADMIN, SECURE_KEY)]
+        server.client.post("/job", {"job_type": "nothing", "api_key": key})
+        server.client.post("/job", {"job_type": "echo", "api_key": key, "metadata": []})
+        assert server.terminate() == 0
+        stored = b"".join(path.read_bytes() for path in tmp_path.glob("jobs.db*"))
+        log = server.log.read_text()
+        for secret in (key, SETTINGS["PASSWORD"], SECURE_KEY, base64.b64encode(key.encode()).decode()):
+            assert not [answer for answer in answers if secret in answer]
+            assert secret not in log and secret not in "".join(server.banner)
+            assert secret.encode() not in stored
+        assert not [job for job in jobs if job["job_key"] in log]
+
+
+def controlled_registry():
+    """Return job types that tests steer, with the gate that they wait for and the list that they note their data in."""
+    registry, gate, seen = example_registry(), threading.Event(), []
+
+    @registry.asynchronous
+    def wait(task_id, input):
+        seen.append(input.get("data"))
+        assert gate.wait(PATIENCE_SECONDS)
+        return input.get("data")
+
+    @registry.asynchronous
+    def until_told(task_id, input):
+        seen.append(task_id)
+        while not gate.wait(0.01):
+            csp.check_cancelled(task_id)
+        return "done"
+
+    @registry.asynchronous
+    def fail(task_id, input):
+        raise csp.JobError("no")
+
+    return registry, gate, seen
+
+
+def attempted(client, job, count=1):
+    """Return the job once ``count`` attempts at its callback have been made."""
+
+    def made():
+        shown = client.show(job)
+        return shown["callback"] is not None and shown["callback"]["attempts"] >= count and shown
+
+    return eventually(made)
+
+
+def query(path, statement, *values):
+    with contextlib.closing(sqlite3.connect(str(path))) as connection:
+        return connection.execute(statement, values).fetchall()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Callbacks and retries that do not wait long."""
+    monkeypatch.setattr(csp, "RETRY_SECONDS", (0.05,) * 5)
+    monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.05, 0.2))
+
+
+class TestCallbacks:
+    """Deliveries, over real sockets."""
+
+    @pytest.mark.parametrize(
+        "api_key, header",
+        [
+            ("abc", ("Authorization", "abc")),
+            ("  abc ", ("Authorization", "abc")),
+            (12, ("Authorization", "12")),
+            ("X-CKAN-API-Key: abc", ("X-CKAN-API-Key", "abc")),
+            ("a:b:c", ("a", "b:c")),
+            ("X :  y ", ("X", "y")),
+        ],
+    )
+    def test_an_api_key_is_a_header(self, api_key, header):
+        assert csp.callback_header(api_key) == header
+
+    @pytest.mark.parametrize(
+        "api_key",
+        [
+            "Host: x",
+            "content-length: 1",
+            "Transfer-Encoding: x",
+            "Connection: x",
+            "a b: c",
+            ": x",
+            "a\r\nb",
+            "X: a\r\n b",
+            "a\x00b",
+            "\u20ac",
+            "X\u00e4: b",
+            "a\x7f",
+        ],
+    )
+    def test_an_api_key_that_is_no_legal_header_is_refused_at_submit(self, client, api_key):
+        answer = client.post("/job", {"job_type": "echo", "api_key": api_key})
+        assert answer.status == 409 and "api_key cannot be sent as a header" in answer.error
+
+    @pytest.mark.parametrize(
+        "url, is_good",
+        [
+            ("http://a", True),
+            ("HTTPS://a.example:8443/x?y=z#f", True),
+            ("http://[::1]:80/", True),
+            ("ftp://a", False),
+            ("httpx://a", False),
+            ("http:a", False),
+            ("http://", False),
+            ("http://:80/", False),
+            ("http://a:0/", False),
+            ("http://a:99999/", False),
+            ("http://a:b/", False),
+            ("http://a b/", False),
+            ("http://a/\n", False),
+            ("http://[::1/", False),
+            ("http://a\\b/", False),
+            ("http://\u00e4/", False),
+            (5, False),
+            (["http://a"], False),
+        ],
+    )
+    def test_a_result_url_is_http_with_a_host(self, client, url, is_good):
+        if is_good:
+            csp.check_result_url(url)
+        else:
+            answer = client.post("/job", {"job_type": "echo", "api_key": "k", "result_url": url})
+            assert answer.status == 409 and answer.error.startswith("result_url has to ")
+
+    def test_the_schedule_is_the_promised_one(self):
+        waits = [csp.next_callback_at(number, csp.CallbackAnswer("x"), 0.0) for number in range(1, 17)]
+        promised = [1, 2, 4, 8, 15, 15, 15, 15, 15, 15, 60, 300, 1800, 7200, 18_000, 36_000]
+        assert all(want <= wait <= want * 1.1 for want, wait in zip(promised, waits))
+        assert csp.next_callback_at(17, csp.CallbackAnswer("x"), 0.0) is None
+        assert csp.next_callback_at(1, csp.CallbackAnswer("x", is_final=True), 0.0) is None
+        assert csp.next_callback_at(1, csp.CallbackAnswer("x", False, 100.0), 5.0) == 105.0
+        assert csp.next_callback_at(1, csp.CallbackAnswer(), 0.0) is None
+
+    @pytest.mark.parametrize("api_key, name, value", [("k-1", "Authorization", "k-1"), ("X-Key: v", "X-Key", "v")])
+    def test_it_is_the_job_with_its_key_and_the_api_key_in_its_header(self, client, receiver, api_key, name, value):
+        job = client.submit("async_echo", "&hi", api_key=api_key, result_url=receiver.url, metadata={"a": 1})
+        headers, body = receiver.wait()[0]
+        assert headers[name] == value and headers["Content-Type"] == "application/json"
+        shown = client.finish(job)
+        assert set(body) == set(shown) | {"job_key"} and "api_key" not in json.dumps(body)
+        for field in ("job_id", "status", "data", "error", "logs", "metadata", "sent_data", "finished_timestamp"):
+            assert body[field] == shown[field]
+        assert body["job_key"] == job["job_key"] and body["logs"][0]["message"] == "just a warning"
+        shown = attempted(client, job)["callback"]
+        assert shown == {"status": "delivered", "attempts": 1, "error": None, "next_attempt_timestamp": None}
+
+    def test_a_failing_delivery_is_shown_and_retried_and_leaves_no_trace(self, start, receiver, monkeypatch):
+        monkeypatch.setattr(csp, "RETRY_SECONDS", (1.0,))
+        receiver.answers = lambda number: (500 if number == 0 else 204, {})
+        client = start().client
+        job = client.submit("async_echo", "hi", result_url=receiver.url)
+        failing = attempted(client, job)
+        assert failing["status"] == "complete" and failing["callback"]["status"] == "pending"
+        assert failing["error"] == {"message": "Process completed but unable to post to result_url"}
+        assert failing["callback"]["error"] == "answered 500" and failing["callback"]["next_attempt_timestamp"]
+        shown = attempted(client, job, 2)
+        assert shown["error"] is None and shown["callback"]["status"] == "delivered"
+        assert [body["error"] for _, body in receiver.received] == [None, None]
+
+    def test_a_jobs_own_error_is_not_overwritten(self, client, receiver):
+        receiver.answers = lambda number: (500, {})
+        job = client.submit("async_echo", ">", result_url=receiver.url)
+        assert attempted(client, job)["error"] == {"message": "do not start message with >"}
+
+    def test_it_is_given_up_after_the_last_attempt(self, start, receiver, impatient):
+        receiver.answers = lambda number: (503, {})
+        running = start()
+        job = running.client.submit("async_echo", "hi", result_url=receiver.url)
+        shown = attempted(running.client, job, 6)
+        assert shown["callback"]["status"] == "failed" and shown["error"]["message"].startswith("Process completed but")
+        assert query(running.path, "SELECT api_key FROM jobs") == [(None,)]
+
+    def test_410_ends_it(self, client, receiver):
+        receiver.answers = lambda number: (410, {})
+        job = client.submit("async_echo", "hi", result_url=receiver.url)
+        assert attempted(client, job)["callback"]["status"] == "failed"
+
+    def test_retry_after_is_honoured(self, client, receiver):
+        receiver.answers = lambda number: (503, {"Retry-After": "3600"})
+        job = client.submit("async_echo", "hi", result_url=receiver.url)
+        at = attempted(client, job)["callback"]["next_attempt_timestamp"]
+        assert time.mktime(time.strptime(at, "%Y-%m-%dT%H:%M:%S.%f")) > time.time() + 3500
+
+    def test_redirects_are_not_followed(self, client, receiver):
+        other = Receiver()
+        receiver.answers = lambda number: (307, {"Location": other.url})
+        job = client.submit("async_echo", "hi", result_url=receiver.url)
+        assert attempted(client, job)["callback"]["error"] == "answered 307"
+        other.stop()
+        assert not other.received
+
+    def test_a_closed_port_is_an_error_that_is_shown(self, client):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        job = client.submit("async_echo", "hi", result_url=f"http://127.0.0.1:{port}/")
+        assert "refused" in attempted(client, job)["callback"]["error"]
+
+    def test_the_api_key_is_erased_when_it_is_no_longer_needed(self, start, receiver):
+        running = start()
+        jobs = [running.client.submit("async_echo", "hi", result_url=receiver.url), running.client.submit("echo", "hi")]
+        attempted(running.client, jobs[0])
+        assert query(running.path, "SELECT DISTINCT api_key FROM jobs") == [(None,)]
+
+    def test_a_hung_receiver_delays_nobody_else(self, start, receiver):
+        running = start()
+        with socket.create_server(("127.0.0.1", 0), backlog=128) as hung:
+            url = "http://127.0.0.1:%d/" % hung.getsockname()[1]
+            for _ in range(50):
+                running.client.submit("async_echo", "hi", result_url=url)
+            started = time.monotonic()
+            for _ in range(50):
+                running.client.submit("async_echo", "hi", result_url=receiver.url)
+            submitted = time.monotonic() - started
+            receiver.wait(50)
+            assert time.monotonic() - started < submitted + 1.0
+            running.stop(0.1)
+
+    def test_what_is_due_survives_a_restart(self, start, receiver):
+        receiver.answers = lambda number: (500, {})
+        running = start()
+        job = running.client.submit("async_echo", "hi", result_url=receiver.url)
+        attempted(running.client, job)
+        running.stop()
+        receiver.answers = lambda number: (200, {})
+        client = start(running.registry).client
+        assert attempted(client, job, 2)["callback"]["status"] == "delivered"
+
+    def test_it_can_be_sent_again(self, client, receiver):
+        job = client.submit("async_echo", "hi", result_url=receiver.url)
+        attempted(client, job)
+        path = f"/job/{job['job_id']}/callback"
+        assert client.post(path).status == 403
+        assert client.post(path, {"api_key": "new"}, key=job["job_key"]).status == 200
+        assert receiver.wait(2)[1][0]["Authorization"] == "new"
+        assert client.post(path, {"x": 1}, key=ADMIN).status == 409
+        assert client.post(path, key=ADMIN).status == 200
+        assert "Authorization" not in receiver.wait(3)[2][0]
+        without = client.submit("echo", "hi")
+        assert client.post(f"/job/{without['job_id']}/callback", key=ADMIN).status == 409
+
+    @pytest.mark.parametrize(
+        "secret, key", [("plain text", b"plain text"), ("whsec_" + base64.b64encode(b"k" * 24).decode(), b"k" * 24)]
+    )
+    def test_it_is_signed_as_standard_webhooks_says(self, secret, key):
+        headers = csp.sign_callback(secret, "id-1", 1700000000.9, b'{"a": 1}')
+        wanted = base64.b64encode(hmac.new(key, b'id-1.1700000000.{"a": 1}', hashlib.sha256).digest()).decode()
+        assert headers == {"webhook-id": "id-1", "webhook-timestamp": "1700000000", "webhook-signature": "v1," + wanted}
+
+    def test_the_signature_is_sent(self, start, receiver):
+        start(CALLBACK_SECRET="hush").client.submit("async_echo", "hi", result_url=receiver.url)
+        headers = receiver.wait()[0][0]
+        assert (
+            headers["webhook-signature"].startswith("v1,") and abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+        )
+
+    def test_a_synchronous_submit_waits_for_the_first_attempt(self, client, receiver):
+        receiver.answers = lambda number: (500, {})
+        job = client.submit("echo", "hi", result_url=receiver.url)
+        assert job["status"] == "complete" and job["error"]["message"].startswith("Process completed but unable")
+
+    def test_a_synchronous_submit_waits_two_seconds_at_most(self, start):
+        running = start()
+        with socket.create_server(("127.0.0.1", 0)) as hung:
+            started = time.monotonic()
+            job = running.client.submit("echo", "hi", result_url="http://127.0.0.1:%d/" % hung.getsockname()[1])
+            assert 1.5 < time.monotonic() - started < 5.0 and job["error"] is None and job["status"] == "complete"
+            running.stop(0.1)
+
+
+class TestRunner:
+    """Queue, workers, retries, timeouts, cancelling, recovery."""
+
+    def test_2000_jobs_from_16_threads_all_end_with_their_callbacks(self, start, receiver):
+        running = start()
+        bodies = [
+            json.dumps({"job_type": "async_echo", "api_key": "k", "data": str(number), "result_url": receiver.url})
+            for number in range(2000)
+        ]
+        statuses, jobs = [], []
+
+        def submit(part):
+            connection = http.client.HTTPConnection("127.0.0.1", running.server.server_port, timeout=PATIENCE_SECONDS)
+            for body in part:
+                connection.request("POST", "/job", body, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                statuses.append(response.status)
+                jobs.append(json.loads(response.read())["job_id"])
+            connection.close()
+
+        threads = [threading.Thread(target=submit, args=(bodies[part::16],)) for part in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert set(statuses) == {200} and len(set(jobs)) == 2000
+        receiver.wait(2000)
+        stats = running.client.get("/status").json["stats"]
+        assert stats == {"pending": 0, "complete": 2000, "error": 0}
+        assert {body["job_id"] for _, body in receiver.received} == set(jobs)
+        assert all(body["data"] == ">" + body["sent_data"] for _, body in receiver.received)
+
+    def test_a_burst_waits_its_turn_on_disk(self, start):
+        registry, gate, seen = controlled_registry()
+        running = start(registry, WORKERS=2)
+        jobs = [running.client.submit("wait", number) for number in range(100)]
+        eventually(lambda: len(seen) == 2)
+        assert (
+            running.client.get("/status").json["stats"]["pending"] == 100 and len(running.service.runner._running) == 2
+        )
+        gate.set()
+        assert [running.client.finish(job)["data"] for job in jobs] == list(range(100))
+        assert sorted(seen) == list(range(100))
+
+    def test_one_worker_runs_them_in_their_order(self, start):
+        registry, gate, seen = controlled_registry()
+        gate.set()
+        running = start(registry, WORKERS=1)
+        jobs = [running.client.submit("wait", number) for number in range(50)]
+        running.client.finish(jobs[-1])
+        assert seen == list(range(50))
+
+    def test_as_many_run_at_once_as_there_are_workers(self, start):
+        registry, barrier = csp.Registry(), threading.Barrier(60)
+        registry.asynchronous(lambda_named("meet", lambda task_id, input: barrier.wait(PATIENCE_SECONDS) >= 0))
+        client = start(registry, WORKERS=60).client
+        assert all(client.finish(job)["data"] is True for job in [client.submit("meet") for _ in range(60)])
+
+    def test_an_exception_is_retried_with_a_pause_and_a_job_error_is_not(self, start, impatient):
+        registry, calls = csp.Registry(), []
+
+        @registry.asynchronous(retries=2)
+        def work(task_id, input):
+            calls.append(input["data"])
+            if input["data"] == "verdict":
+                raise csp.JobError("no")
+            if calls.count(input["data"]) <= input["data"]:
+                raise ValueError("not yet")
+            return "at last"
+
+        client = start(registry).client
+        jobs = [client.finish(client.submit("work", data)) for data in (2, 3, "verdict")]
+        assert [(job["status"], job["attempts"]) for job in jobs] == [("complete", 3), ("error", 3), ("error", 1)]
+        assert len(jobs[0]["logs"]) == 2 and "Attempt 1 failed (ValueError: not yet)" in jobs[0]["logs"][0]["message"]
+        assert jobs[0]["error"] is None and jobs[1]["error"]["message"] == "ValueError: not yet"
+
+    def test_a_retry_waits_on_disk_and_not_in_a_worker(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (3600.0, 3600.0))
+        registry = example_registry()
+
+        @registry.asynchronous(retries=1)
+        def broken(task_id, input):
+            raise ValueError("x")
+
+        running = start(registry, WORKERS=1)
+        job = running.client.submit("broken")
+        eventually(
+            lambda: query(running.path, "SELECT 1 FROM jobs WHERE attempts = 1 AND run_at > ?", time.time() + 3000)
+        )
+        assert running.client.finish(running.client.submit("async_echo", "hi"))["status"] == "complete"
+        assert running.client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).json["error"] == {
+            "message": "cancelled"
+        }
+
+    def test_a_timeout_ends_the_job_frees_its_place_and_drops_its_result(self, start):
+        registry, gate, told = example_registry(), threading.Event(), threading.Event()
+
+        @registry.asynchronous(timeout=0.2)
+        def stuck(task_id, input):
+            assert gate.wait(PATIENCE_SECONDS)
+            try:
+                csp.check_cancelled(task_id)
+            except csp.JobCancelled:
+                told.set()
+            return "late"
+
+        client = start(registry, WORKERS=1).client
+        job = client.submit("stuck")
+        ended = client.finish(job)
+        assert ended["status"] == "error" and "timeout of 0.2 seconds" in ended["error"]["message"]
+        assert client.finish(client.submit("async_echo", "hi"))["data"] == ">hi"
+        gate.set()
+        assert told.wait(PATIENCE_SECONDS)
+        assert client.finish(client.submit("async_echo", "hi")) and client.show(job) == ended
+
+    def test_a_synchronous_job_has_its_timeout_too(self, start):
+        registry, gate = csp.Registry(), threading.Event()
+        registry.synchronous(lambda_named("stuck", lambda task_id, input: gate.wait(PATIENCE_SECONDS)), timeout=0.2)
+        job = start(registry).client.submit("stuck")
+        assert job["status"] == "error" and "timeout" in job["error"]["message"]
+        gate.set()
+
+    def test_cancelling_and_deleting_in_every_state(self, start, receiver):
+        registry, gate, seen = controlled_registry()
+        running = start(registry, WORKERS=1)
+        client = running.client
+        told, waiting, gone, done = (
+            client.submit("until_told", result_url=receiver.url),
+            client.submit("wait", "waiting", result_url=receiver.url),
+            client.submit("wait", "gone", result_url=receiver.url),
+            client.submit("echo", "hi"),
+        )
+        eventually(lambda: seen)
+
+        def cancel(job):
+            return client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+
+        assert cancel(waiting).json["error"] == {"message": "cancelled"}
+        assert client.delete("/job/" + gone["job_id"], key=gone["job_key"]).json == {"success": True}
+        assert cancel(told).status == 200
+        assert client.finish(told)["error"] == {"message": "cancelled"}
+        assert [cancel(job).status for job in (told, waiting, done, gone)] == [409, 409, 409, 404]
+        assert {body["job_id"] for _, body in receiver.wait(2)} == {told["job_id"], waiting["job_id"]}
+        running_job = client.submit("until_told", result_url=receiver.url)
+        eventually(lambda: running_job["job_id"] in seen)
+        assert client.delete("/job/" + running_job["job_id"], key=running_job["job_key"]).status == 200
+        assert client.finish(client.submit("async_echo", "hi"))["status"] == "complete"
+        assert seen == [told["job_id"], running_job["job_id"]] and len(receiver.received) == 2
+        assert query(running.path, "SELECT count(*) FROM logs") == [(0,)]
+
+    def test_cancelling_races_with_the_end_and_one_of_them_wins(self, start, receiver):
+        client = start(WORKERS=4).client
+        results = []
+        for _ in range(60):
+            job = client.submit("async_echo", "hi", result_url=receiver.url)
+            status = client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status
+            ended = client.finish(job)
+            results.append((status, ended["status"], ended["error"] and ended["error"]["message"]))
+            assert client.show(job)["status"] == ended["status"]
+        assert set(results) <= {(200, "error", "cancelled"), (200, "complete", None), (409, "complete", None)}
+        receiver.wait(60)
+        assert len({body["job_id"] for _, body in receiver.received}) == len(receiver.received) == 60
+
+    def test_resubmitting_a_job_of_every_status(self, start):
+        registry, gate, seen = controlled_registry()
+        client = start(registry, WORKERS=1).client
+        jobs = [client.submit("echo", "hi", metadata={"a": 1}), client.submit("echo", ">"), client.submit("wait", 1)]
+        for job in jobs:
+            path = f"/job/{job['job_id']}/resubmit"
+            if job["status"] != "pending":
+                answer = client.post(path, key=job["job_key"])
+                assert (answer.status, answer.error) == (409, "Please provide your API key.")
+            again = client.post(path, {"api_key": "k2"}, key=job["job_key"])
+            assert again.status == 200 and again.json["resubmitted_from"] == job["job_id"] != again.json["job_id"]
+            for field in ("job_type", "sent_data", "metadata", "result_url", "status"):
+                assert again.json[field] == job[field]
+            assert client.post(path, {"api_key": "k", "data": 1}, key=job["job_key"]).status == 409
+            assert client.post(path, {"api_key": "k"}).status == 403
+        gate.set()
+
+    def test_a_job_that_exits_is_an_error_and_its_worker_lives(self, start):
+        registry = example_registry()
+        registry.asynchronous(lambda_named("leave", lambda task_id, input: sys.exit(3)))
+        registry.synchronous(lambda_named("leave_now", lambda task_id, input: sys.exit(3)))
+        client = start(registry, WORKERS=1).client
+        assert client.finish(client.submit("leave"))["error"]["message"] == "SystemExit: 3"
+        assert client.submit("leave_now")["error"]["message"] == "SystemExit: 3"
+        assert client.finish(client.submit("async_echo", "hi"))["status"] == "complete"
+
+    def test_stopping_lets_running_jobs_end_and_leaves_the_rest_for_the_next_start(self, start):
+        registry, gate, seen = controlled_registry()
+        running = start(registry, WORKERS=1)
+        first, second = running.client.submit("wait", 1), running.client.submit("wait", 2)
+        eventually(lambda: seen)
+        stopping = threading.Thread(target=running.stop)
+        stopping.start()
+        eventually(lambda: running.service.runner._is_stopping)
+        gate.set()
+        stopping.join()
+        assert query(running.path, "SELECT status FROM jobs ORDER BY seq") == [("complete",), ("pending",)]
+        client = start(registry).client
+        assert [client.finish(job)["data"] for job in (first, second)] == [1, 2] and seen == [1, 2]
+
+    @pytest.mark.parametrize(
+        "change, expected",
+        [
+            ("attempts = 1", ("complete", 2, None)),
+            ("attempts = 2", ("complete", 3, None)),
+            ("attempts = 3", ("error", 3, "attempt 3 of 3")),
+            ("attempts = 1, synchronous = 1", ("error", 1, "not of a kind that is run again")),
+            ("attempts = 1, job_type = 'once'", ("error", 1, "not of a kind that is run again")),
+            ("attempts = 4, job_type = 'often'", ("complete", 5, None)),
+            ("attempts = 1, cancelled = 1", ("error", 1, "cancelled")),
+            ("attempts = 1, job_type = 'gone'", ("error", 2, "Job type gone not available")),
+        ],
+    )
+    def test_what_was_running_when_the_process_died(self, start, receiver, change, expected):
+        registry = example_registry()
+        registry.asynchronous(lambda_named("once", lambda task_id, input: 1), at_most_once=True)
+        registry.asynchronous(lambda_named("often", lambda task_id, input: 1), retries=9)
+        before = start(registry)
+        job = before.client.submit("async_echo", "hi", result_url=receiver.url)
+        before.client.finish(job)
+        receiver.wait()
+        before.stop()
+        with contextlib.closing(sqlite3.connect(str(before.path))) as connection, connection:
+            connection.execute(
+                "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, api_key = 'k', callback_attempts = 0, "
+                "callback_status = NULL, " + change
+            )
+            connection.execute("UPDATE counts SET jobs = jobs - 1 WHERE status = 'complete'")
+            connection.execute("INSERT OR REPLACE INTO counts SELECT job_type, 'pending', 1 FROM jobs")
+        client = start(registry).client
+        ended = client.finish(job)
+        status, attempts, message = expected
+        assert (ended["status"], ended["attempts"]) == (status, attempts)
+        assert (message is None) == (ended["error"] is None) and (message or "") in str(ended["error"])
+        assert receiver.wait(2)[1][1]["status"] == status
+
+    def test_a_full_house_is_answered_503(self, start):
+        registry, gate, seen = controlled_registry()
+        client = start(registry, MAX_PENDING=3).client
+        for number in range(3):
+            client.submit("wait", number)
+        answer = client.post("/job", {"job_type": "wait", "api_key": "k"})
+        assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and "3 unfinished jobs" in answer.error
+        gate.set()
+        eventually(lambda: client.post("/job", {"job_type": "wait", "api_key": "k"}).status == 200)
+
+    def test_old_jobs_are_cleared_by_themselves(self, start):
+        first = start()
+        old, new = first.client.submit("echo", "old"), first.client.submit("echo", "new")
+        first.stop()
+        with contextlib.closing(sqlite3.connect(str(first.path))) as connection, connection:
+            connection.execute(
+                "UPDATE jobs SET finished_timestamp = '2020-01-01T00:00:00.000000' WHERE job_id = ?", (old["job_id"],)
+            )
+        client = start(AUTO_CLEAR=True).client
+        eventually(lambda: client.get("/job").json["list"] == ["/job/" + new["job_id"]])
+
+    def test_progress_is_shown_while_it_runs_and_costs_few_commits(self, start):
+        registry, gate, half = csp.Registry(), threading.Event(), threading.Event()
+
+        @registry.asynchronous
+        def work(task_id, input):
+            for number in range(5000):
+                csp.set_progress(task_id, number / 10_000, f"step {number}")
+            half.set()
+            assert gate.wait(PATIENCE_SECONDS)
+
+        running = start(registry)
+        commits = []
+        publish = running.service.store._publish
+        running.service.store._publish = lambda transaction: (commits.append(1), publish(transaction))
+        job = running.client.submit("work")
+        assert half.wait(PATIENCE_SECONDS)
+        eventually(lambda: running.client.show(job)["progress"] == {"fraction": 0.4999, "message": "step 4999"})
+        assert len(commits) < 50
+        gate.set()
+        assert running.client.finish(job)["progress"]["message"] == "step 4999"
+
+
+def lambda_named(name, function):
+    """Return the function under another name, as a job type's."""
+
+    def named(task_id, input):
+        return function(task_id, input)
+
+    named.__name__ = named.__qualname__ = name
+    return named
+
+
+CRASH_MODULE = """
+    import os, threading, time
+    import csp.job as job
+
+    @job.asynchronous
+    def work(task_id, input):
+        threading.Event().wait(0.005)
+        return input["data"]
+
+    @job.asynchronous
+    def die(task_id, input):
+        os._exit(3)
+
+    @job.asynchronous
+    def linger(task_id, input):
+        threading.Event().wait(3 if input.get("data") else 0)
+        return "done"
+
+    @job.synchronous
+    def echo(task_id, input):
+        return input.get("data")
+    """
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class TestCrash:
+    """Real processes, killed."""
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+    def test_every_acknowledged_job_ends_with_its_callback_however_often_the_server_stops(
+        self, launch, receiver, number
+    ):
+        receiver.answers = lambda count: (500 if count % 3 == 0 else 200, {})
+        port, stop, acknowledged, refused, ended = free_port(), threading.Event(), {}, [], {}
+
+        def submit(part):
+            client, count = Client(f"http://127.0.0.1:{port}/"), 0
+            while not stop.is_set():
+                count += 1
+                body = {"job_type": "work", "api_key": "k", "data": [part, count], "result_url": receiver.url}
+                try:
+                    answer = client.post("/job", body)
+                except (OSError, http.client.HTTPException):
+                    stop.wait(0.02)
+                    continue
+                if answer.status == 200:
+                    acknowledged[answer.json["job_id"]] = (answer.json["job_key"], body["data"])
+                else:
+                    refused.append((answer.status, answer.body))
+
+        threads = [threading.Thread(target=submit, args=(part,)) for part in range(4)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(5):
+                server, before = launch(CRASH_MODULE, "--port", port), len(acknowledged)
+                eventually(lambda before=before: len(acknowledged) > before + 100)
+                for job_id in list(acknowledged)[:50]:
+                    job = server.client.get("/job/" + job_id, key=acknowledged[job_id][0]).json
+                    if job["status"] != "pending":
+                        ended[job_id] = (job["data"], job["finished_timestamp"])
+                if number == signal.SIGKILL:
+                    server.kill()
+                else:
+                    assert server.terminate() == 0
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        client = launch(CRASH_MODULE, "--port", port).client
+        eventually(lambda: client.get("/status").json["stats"]["pending"] == 0)
+        eventually(lambda: set(acknowledged) <= {body["job_id"] for _, body in list(receiver.received)})
+        for job_id, (job_key, data) in acknowledged.items():
+            job = client.get("/job/" + job_id, key=job_key).json
+            assert (job["status"], job["data"]) == ("complete", data)
+            assert ended.get(job_id, (data, job["finished_timestamp"])) == (data, job["finished_timestamp"])
+        assert len(acknowledged) > 500 and ended and not refused
+
+    def test_a_job_that_kills_the_process_is_tried_three_times_and_the_others_run(self, launch, receiver):
+        server = launch(CRASH_MODULE, "--workers", 2)
+        fatal = server.client.submit("die", result_url=receiver.url)
+        others = []
+        for _ in range(3):
+            with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
+                others.append(server.client.submit("work", "x"))
+            server.process.wait(PATIENCE_SECONDS)
+            server = launch(CRASH_MODULE, "--workers", 2)
+        ended = server.client.finish(fatal)
+        assert (ended["status"], ended["attempts"]) == ("error", 3) and "attempt 3 of 3" in ended["error"]["message"]
+        assert all(server.client.finish(job)["status"] == "complete" for job in others)
+        assert receiver.wait()[0][1]["status"] == "error"
+
+    def test_a_job_past_its_grace_is_left_for_the_next_start_and_the_exit_is_clean(self, launch):
+        server = launch(CRASH_MODULE, environ={"CSP_GRACE_SECONDS": "0.2"})
+        job = server.client.submit("linger", True)
+        eventually(lambda: server.client.show(job)["started_timestamp"])
+        started = time.monotonic()
+        assert server.terminate() == 0 and time.monotonic() - started < 5.0
+        shown = launch(CRASH_MODULE).client.finish(job)
+        assert (shown["status"], shown["attempts"], shown["data"]) == ("complete", 2, "done")
+
+    def test_a_second_signal_ends_at_once(self, launch):
+        server = launch(CRASH_MODULE, environ={"CSP_GRACE_SECONDS": "60"})
+        job = server.client.submit("linger", True)
+        eventually(lambda: server.client.show(job)["started_timestamp"])
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "stopping" in server.log.read_text())
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(2.0) == 1
+
+    def test_a_second_server_on_the_file_is_refused_and_names_the_first(self, launch, tmp_path):
+        server = launch(CRASH_MODULE)
+        second = run_command("--db", tmp_path / "jobs.db", "--port", 0)
+        assert second.returncode == 2 and f"process {server.process.pid};" in second.stderr and second.stdout == ""
+        assert second.stderr.count("\n") == 1
+
+
+class TestSickDisk:
+    """What cannot be stored is answered 503, nothing is lost, and the service recovers by itself."""
+
+    def test_a_lock_of_another_program_is_answered_503_and_forgotten(self, start, caplog, monkeypatch):
+        monkeypatch.setattr(csp, "BUSY_SECONDS", 0.2)
+        logging.getLogger("csp").propagate = True
+        registry, gate, seen = controlled_registry()
+        running = start(registry)
+        client, job = running.client, running.client.submit("wait", "result")
+        eventually(lambda: seen)
+        with contextlib.closing(sqlite3.connect(str(running.path), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            gate.set()
+            for job_type in ("echo", "wait", "echo"):
+                answer = client.post("/job", {"job_type": job_type, "api_key": "k", "data": "x"})
+                assert answer.status == 503 and answer.headers["Retry-After"] and "database" in answer.error
+            assert client.show(job)["status"] == "pending" and client.get("/job").status == 200
+            assert client.delete("/job/" + job["job_id"], key=job["job_key"]).status == 503
+            other.execute("ROLLBACK")
+        assert client.finish(job)["data"] == "result"
+        assert client.submit("echo", "hi")["status"] == "complete"
+        assert len([record for record in caplog.records if "cannot be written" in record.getMessage()]) == 1
+        assert [record for record in caplog.records if "can be written again" in record.getMessage()]
+        assert client.get("/status").json["stats"]["pending"] == 0
+
+    @linux_only
+    def test_a_full_disk_is_answered_503_and_no_acknowledged_job_is_lost(self, launch, tmp_path):
+        server = launch(CRASH_MODULE)
+        client, jobs = server.client, []
+        size = 200_000 + max(path.stat().st_size for path in tmp_path.glob("jobs.db*"))
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        body = {"job_type": "work", "api_key": "k", "data": "x" * 20_000}
+
+        def is_full():
+            answer = client.post("/job", body)
+            if answer.status == 200:
+                jobs.append(answer.json)
+            return answer.status != 200 and answer
+
+        answer = eventually(is_full)
+        assert answer.status == 503 and answer.headers["Retry-After"] and "database" in answer.error
+        assert client.get("/status").status == 200 and client.get("/job").json["list"]
+        assert client.show(jobs[0])["job_id"] == jobs[0]["job_id"]
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        eventually(lambda: client.post("/job", body).status == 200)
+        assert all(client.finish(job)["status"] == "complete" for job in jobs)
+        assert server.terminate() == 0
+        assert query(tmp_path / "jobs.db", "PRAGMA integrity_check") == [("ok",)]
+
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+def log_in(client):
+    """Return the Cookie header of a new session."""
+    return client.get("/login", key=ADMIN).headers["Set-Cookie"].partition(";")[0]
+
+
+class TestResponses:
+    """Routing and raw results."""
+
+    @pytest.mark.parametrize(
+        "method, path, allowed",
+        [
+            ("POST", "/status", "GET, HEAD, OPTIONS"),
+            ("PUT", "/job", "DELETE, GET, HEAD, OPTIONS, POST"),
+            ("DELETE", "/login", "GET, HEAD, OPTIONS, POST"),
+            ("PATCH", "/job/x", "DELETE, GET, HEAD, OPTIONS, POST"),
+            ("POST", "/job/x/data", "GET, HEAD, OPTIONS"),
+            ("GET", "/job/x/cancel", "OPTIONS, POST"),
+        ],
+    )
+    def test_a_wrong_method_is_405_and_says_which_are_right(self, client, method, path, allowed):
+        answer = client.request(method, path)
+        assert (answer.status, answer.headers["Allow"]) == (405, allowed) and isinstance(answer.error, str)
+        options = client.request("OPTIONS", path)
+        assert (options.status, options.headers["Allow"], options.body) == (204, allowed, b"")
+
+    @pytest.mark.parametrize(
+        "path", ["/nothing", "/job/x/nothing", "/job/x/data/y", "/statuss", "/JOB", "/favicon.ico"]
+    )
+    def test_an_unknown_path_is_404_in_json(self, client, path):
+        answer = client.get(path)
+        assert answer.status == 404 and isinstance(answer.error, str)
+        assert answer.headers["Content-Type"] == "application/json"
+
+    @pytest.mark.parametrize("path", ["/", "/status", "/user", "/job"])
+    def test_head_is_get_without_the_body_and_a_trailing_slash_is_tolerated(self, client, path):
+        got, head = client.get(path), client.request("HEAD", path)
+        assert (head.status, head.body, head.headers["Content-Length"]) == (200, b"", str(len(got.body)))
+        assert client.get(path.rstrip("/") + "/").json == got.json
+
+    @pytest.mark.parametrize(
+        "result, metadata, body, kind, is_attachment",
+        [
+            ("text \u00e4", {}, "text \u00e4".encode(), "text/plain; charset=utf-8", False),
+            ({"a": [1]}, {}, b'{"a": [1]}', "application/json", False),
+            (None, {}, b"null", "application/json", False),
+            (b"\x00\xff", {}, b"\x00\xff", "application/octet-stream", True),
+            ("a,b", {"mimetype": "text/csv"}, b"a,b", "text/csv", False),
+            (b"GIF8", {"mimetype": "image/gif"}, b"GIF8", "image/gif", False),
+            ("<script>", {"mimetype": "text/html"}, b"<script>", "text/html", True),
+            ("<svg/>", {"mimetype": "image/svg+xml"}, b"<svg/>", "image/svg+xml", True),
+            ("x", {"mimetype": "application/javascript"}, b"x", "application/javascript", True),
+            ("x", {"mimetype": "text/plain\r\nX: y"}, b"x", "text/plain; charset=utf-8", False),
+            ("x", {"mimetype": "nonsense"}, b"x", "text/plain; charset=utf-8", False),
+            ("x", {"mimetype": ["text/html"]}, b"x", "text/plain; charset=utf-8", False),
+        ],
+    )
+    def test_data_is_the_raw_result_and_harmless_to_a_browser(self, start, result, metadata, body, kind, is_attachment):
+        registry = csp.Registry()
+        registry.synchronous(lambda_named("work", lambda task_id, input: result))
+        client = start(registry).client
+        job = client.submit("work", metadata=metadata)
+        answer = client.get(f"/job/{job['job_id']}/data", key=job["job_key"])
+        assert (answer.status, answer.body, answer.headers["Content-Type"]) == (200, body, kind)
+        assert (answer.headers.get("Content-Disposition") == "attachment") == is_attachment
+        assert "sandbox" in answer.headers["Content-Security-Policy"]
+        if isinstance(result, bytes):
+            assert job["data"] == {"base64": base64.b64encode(result).decode()}
+
+    def test_every_answer_has_the_headers_that_protect(self, client):
+        for answer in (
+            client.get("/"),
+            client.get("/nothing"),
+            client.post("/job", {}),
+            client.request("OPTIONS", "/job"),
+            client.get("/login"),
+        ):
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            assert answer.headers["Cache-Control"] == "no-store" and answer.headers["Referrer-Policy"] == "no-referrer"
+            assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
+            assert answer.headers["Server"] == "csp"
+
+    def test_forwarded_fields_are_believed_from_trusted_proxies_only(self):
+        trust = csp.ProxyTrust(["10.0.0.0/8"])
+        headers = {"x-forwarded-for": "6.6.6.6, 192.0.2.7, 10.0.0.2", "x-forwarded-proto": "https"}
+        assert trust.identify("10.0.0.1", headers) == ("192.0.2.7", "https")
+        assert trust.identify("192.0.2.9", headers) == ("192.0.2.9", "http")
+        assert csp.ProxyTrust([]).identify("10.0.0.1", headers) == ("10.0.0.1", "http")
+        assert trust.identify("10.0.0.1", {}) == ("10.0.0.1", "http")
+
+
+class TestAuth:
+    """Logging in and out."""
+
+    def test_a_password_may_be_a_hash(self, start):
+        client = start(PASSWORD=csp.hash_password("s\u00e9same")).client
+        assert client.get("/login", key=basic("admin", "s\u00e9same")).status == 302
+        assert client.get("/login", key=basic("admin", "sesame")).status == 401
+        with pytest.raises(csp.StartError, match="PASSWORD"):
+            csp.Authenticator(None, csp.Settings({"PASSWORD": "scrypt$1$2"}))
+
+    def test_without_a_password_one_is_made(self, start):
+        running = start(PASSWORD=None)
+        password = running.service.auth.generated_password
+        assert len(password) >= 16 and running.client.get("/login", key=basic("admin", password)).status == 302
+        assert running.client.get("/login", key=basic("admin", "")).status == 401
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            None,
+            basic("admin", "wrong"),
+            basic("Admin", SETTINGS["PASSWORD"]),
+            basic("", ""),
+            "Basic",
+            "Basic !",
+            "Basic " + base64.b64encode(b"admin").decode(),
+            "Bearer x",
+        ],
+    )
+    def test_a_wrong_login_is_401(self, client, key):
+        answer = client.get("/login", key=key)
+        assert answer.status == 401 and answer.headers["WWW-Authenticate"] == 'Basic realm="Login Required"'
+        assert "Set-Cookie" not in answer.headers
+
+    def test_the_form_logs_in_and_logging_out_ends_the_session_on_the_server(self, service):
+        client = service.client
+        form = urllib.parse.urlencode({"username": "admin", "password": SETTINGS["PASSWORD"], "next": "/job?_limit=1"})
+        answer = client.request("POST", "/login", form, FORM)
+        assert (answer.status, answer.headers["Location"]) == (302, "/job?_limit=1")
+        name, _, token = answer.headers["Set-Cookie"].partition(";")[0].partition("=")
+        assert name == "csp_session" and len(token) >= 40
+        assert {"HttpOnly", "SameSite=Lax", "Path=/"} <= set(answer.headers["Set-Cookie"].split("; "))
+        assert "Secure" not in answer.headers["Set-Cookie"]
+        cookie = f"{name}={token}"
+        assert client.get("/user", Cookie=cookie).json == {
+            "id": 0,
+            "name": "Admin",
+            "is_active": True,
+            "is_anonymous": False,
+        }
+        stored = query(service.path, "SELECT token_hash FROM sessions")
+        assert stored == [(hashlib.sha256(token.encode()).hexdigest(),)]
+        out = client.get("/logout?next=/status", Cookie=cookie)
+        assert (out.status, out.headers["Location"]) == (302, "/status") and "Max-Age=0" in out.headers["Set-Cookie"]
+        assert client.get("/user", Cookie=cookie).json["name"] == "Anonymous"
+
+    def test_behind_tls_the_cookie_is_secure_and_bound_to_the_host(self, start):
+        client = start(TRUSTED_PROXIES="127.0.0.1").client
+        https = {"X-Forwarded-Proto": "https"}
+        cookie = client.get("/login", key=ADMIN, **https).headers["Set-Cookie"]
+        assert cookie.startswith("__Host-csp_session=") and "; Secure" in cookie
+        value = cookie.partition(";")[0]
+        assert client.get("/user", Cookie=value, **https).json["id"] == 0
+        assert client.get("/user", Cookie=value.replace("__Host-", "")).json["id"] == 0
+        assert client.get("/user", Cookie=value.replace("__Host-", ""), **https).json["id"] is None
+
+    @pytest.mark.parametrize(
+        "change, is_alive",
+        [
+            ("used_at = used_at - 3500", True),
+            ("used_at = used_at - 3700", False),
+            ("created_at = created_at - 43000", True),
+            ("created_at = created_at - 43300", False),
+        ],
+    )
+    def test_a_session_ends_unused_and_after_its_time(self, service, change, is_alive):
+        cookie = log_in(service.client)
+        with contextlib.closing(sqlite3.connect(str(service.path))) as connection, connection:
+            connection.execute("UPDATE sessions SET " + change)
+        assert (service.client.get("/user", Cookie=cookie).json["id"] == 0) == is_alive
+
+    def test_each_login_has_a_token_of_its_own_and_none_of_the_clients_choosing(self, client):
+        chosen = "csp_session=" + "a" * 43
+        tokens = {
+            client.get("/login", key=ADMIN, Cookie=chosen).headers["Set-Cookie"].partition(";")[0] for _ in range(3)
+        }
+        assert len(tokens) == 3 and chosen not in tokens
+        assert client.get("/user", Cookie=chosen).json["id"] is None
+        token = tokens.pop()
+        assert client.get("/user", Cookie=token[:-1] + ("a" if token[-1] != "a" else "b")).json["id"] is None
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "//evil",
+            "/\\evil",
+            "\\\\evil",
+            "https:evil",
+            "https://evil",
+            "evil",
+            "/\t/evil",
+            "/\x00",
+            "/a\r\nX: y",
+            "javascript:x",
+            "",
+            "/\u00e4",
+            " //evil",
+            "///evil",
+            "/%0d\\x",
+        ],
+    )
+    def test_next_stays_on_this_service(self, client, target):
+        quoted = urllib.parse.quote(target)
+        for answer in (client.get("/login?next=" + quoted, key=ADMIN), client.get("/logout?next=" + quoted)):
+            assert (answer.status, answer.headers["Location"]) == (302, "/user")
+
+    def test_an_unknown_user_takes_as_long_as_a_wrong_password(self, start):
+        auth = start(PASSWORD=csp.hash_password("x" * 12)).service.auth
+
+        def seconds(username):
+            times = []
+            for number in range(5):
+                began = time.perf_counter()
+                auth.is_login(username, "wrong", f"192.0.2.{number}")
+                times.append(time.perf_counter() - began)
+            return sorted(times)[2]
+
+        assert 0.5 < seconds("admin") / seconds("nobody") < 2.0
+
+
+def submission(**more):
+    return {"job_type": "echo", "api_key": "k", **more}
+
+
+REFUSALS = [  # body or raw text, headers, sentence
+    ("{", {}, "Malformed json"),
+    ('{"a": 1,}', {}, "Malformed json"),
+    (b"\xff", {}, "Malformed json"),
+    ("{", {"Content-Type": "text/plain"}, "Not recognised as json, make sure content type is application/json"),
+    (
+        submission(),
+        {"Content-Type": "text/plain"},
+        "Not recognised as json, make sure content type is application/json",
+    ),
+    (submission(), {"Content-Type": ""}, "Not recognised as json, make sure content type is application/json"),
+    ("", {}, "Not recognised as json, make sure content type is application/json"),
+    ("[]", {}, "Not recognised as json, make sure content type is application/json"),
+    ("null", {}, "Not recognised as json, make sure content type is application/json"),
+    ('"x"', {}, "Not recognised as json, make sure content type is application/json"),
+    ({"b": 1, "a": 1, "result_url": "x"}, {}, "Too many arguments. Extra keys are a, b"),
+    ({"result_url": "ftp://a"}, {}, "result_url has to start with http"),
+    (submission(result_url="example.org"), {}, "result_url has to start with http"),
+    ({}, {}, "Please specify a job type"),
+    ({"job_type": "", "api_key": ""}, {}, "Please specify a job type"),
+    ({"job_type": "x"}, {}, "Job type x not available. Available job types are async_echo, echo"),
+    (submission(job_type=["x"]), {}, "Job type ['x'] not available. Available job types are async_echo, echo"),
+    ({"job_type": "echo", "metadata": []}, {}, "Please provide your API key."),
+    (submission(api_key=None), {}, "Please provide your API key."),
+    (submission(api_key=""), {}, "Please provide your API key."),
+    (submission(metadata=[]), {}, "metadata has to be a json object"),
+    (submission(metadata="x"), {}, "metadata has to be a json object"),
+    (submission(api_key=["k"]), {}, "api_key has to be a string or a number"),
+    (submission(api_key=2**70), {}, "api_key has to be a string or a number of at most 64 bits"),
+    ('{"job_type": "echo", "api_key": "k", "data": NaN}', {}, "Malformed json: NaN is not JSON"),
+    (
+        '{"job_type": "echo", "api_key": "k", "data": 1e999}',
+        {},
+        "Malformed json: data holds a number that is not finite",
+    ),
+    ('{"job_type": "echo", "job_type": "x"}', {}, "Malformed json: an object has the same key twice"),
+    ('{"job_type": "echo", "api_key": "k", "data": "\\ud800"}', {}, "Malformed json"),
+    ('{"data": ' + "[" * 100_000 + "}", {}, "Malformed json: nested deeper than 100"),
+]
+
+
+class TestService:
+    """The documented routes."""
+
+    def test_what_the_service_says_of_itself(self, client):
+        assert set(client.get("/").json) == {"help"}
+        assert client.get("/status").json == {
+            "version": 0.1,
+            "job_types": ["async_echo", "echo"],
+            "name": "tests",
+            "stats": {"pending": 0, "complete": 0, "error": 0},
+        }
+        assert b'"version": 0.1' in client.get("/status").body
+        assert client.get("/user").json == {"id": None, "name": "Anonymous", "is_active": False, "is_anonymous": True}
+
+    @pytest.mark.parametrize(
+        "body, headers, sentence", REFUSALS, ids=[f"{row[2][:30]} {index}" for index, row in enumerate(REFUSALS)]
+    )
+    def test_a_refused_submission_gets_its_sentence(self, client, body, headers, sentence):
+        text = json.dumps(body) if isinstance(body, dict) else body
+        answer = client.request("POST", "/job", text, {"Content-Type": "application/json", **headers})
+        assert (answer.status, answer.error) == (409, sentence)
+        assert client.get("/job").json == {"list": []}
+
+    def test_malformed_json_says_where(self, client):
+        answer = client.request("POST", "/job", '{"a":\n  x}', {"Content-Type": "application/json"})
+        assert answer.json["error"] == "Malformed json" and "line 2 column 3" in answer.json["detail"]
+
+    @pytest.mark.parametrize(
+        "kind", ["application/json", "application/json; charset=utf-8", "APPLICATION/JSON", "application/vnd.api+json"]
+    )
+    def test_content_types_that_are_json(self, client, kind):
+        answer = client.request("POST", "/job", json.dumps(submission(data="x")), {"Content-Type": kind})
+        assert answer.status == 200 and answer.json["data"] == ">x"
+
+    @pytest.mark.parametrize("job_id", ["a/b", "a\x00b", "\x1f", "x" * 256, "..", "."])
+    def test_an_id_that_cannot_be_is_refused(self, client, job_id):
+        answer = client.post("/job/" + urllib.parse.quote(job_id, safe=""), submission())
+        assert answer.status == 409 and "job_id has to be" in answer.error
+
+    @pytest.mark.parametrize(
+        "job_id", ["a", "x" * 255, "with space", "\u00e4\u20ac", "a?b#c%d", "'\"<script>", "status"]
+    )
+    def test_an_id_may_be_chosen_once(self, client, job_id):
+        job = client.submit("echo", "hi", job_id=job_id)
+        assert job["job_id"] == job_id and client.show(job)["data"] == ">hi"
+        answer = client.post("/job/" + urllib.parse.quote(job_id, safe=""), submission())
+        assert (answer.status, answer.error) == (409, f"job_id {job_id} already exists")
+        path = client.get("/job").json["list"][0]
+        assert client.get(path, key=job["job_key"]).json["job_id"] == job_id
+
+    def test_the_four_messages_of_the_documentation(self, client):
+        jobs = [client.submit("echo", data) for data in ("hi", ">hi", "#", "&hi")]
+        assert [(job["status"], job["data"]) for job in jobs] == [
+            ("complete", ">hi"),
+            ("error", None),
+            ("error", None),
+            ("complete", ">&hi"),
+        ]
+        assert jobs[1]["error"] == {"message": "do not start message with >"}
+        assert (
+            jobs[2]["error"]["message"] == "Exception: serious exception"
+            and "Traceback" in jobs[2]["error"]["traceback"]
+        )
+        assert [[line["message"] for line in job["logs"]] for job in jobs] == [[], [], [], ["just a warning"]]
+        assert [client.get(f"/job/{job['job_id']}", key=job["job_key"]).status for job in jobs] == [200] * 4
+
+    def test_what_the_function_gets(self, start):
+        registry, seen = csp.Registry(), []
+        registry.asynchronous(lambda_named("look", lambda task_id, input: seen.append((task_id, input))))
+        client = start(registry).client
+        for more in ({}, {"data": None}, {"data": {"a": 1}, "metadata": {}}, {"metadata": {"x": [1]}, "api_key": 12.5}):
+            job = client.post("/job", {"job_type": "look", "api_key": "k", **more}).json
+            client.finish(job)
+            assert seen.pop() == (job["job_id"], {"job_type": "look", "api_key": "k", **more})
+            assert job["sent_data"] == (more.get("data") or {})
+
+    @pytest.mark.parametrize(
+        "who, job_status, clear_status",
+        [
+            ("nobody", 403, 403),
+            ("wrong key", 403, 403),
+            ("another's key", 403, 403),
+            ("bearer of the key", 403, 403),
+            ("key", 200, 403),
+            ("basic", 200, 200),
+            ("wrong basic", 403, 403),
+            ("cookie", 200, 403),
+            ("cookie, same origin", 200, 200),
+            ("cookie, other origin", 200, 403),
+            ("basic, other origin", 200, 403),
+            ("secure key", 200, 200),
+            ("secure key, other origin", 200, 200),
+            ("no secure key", 403, 403),
+            ("tampered cookie", 403, 403),
+        ],
+    )
+    def test_who_may_do_what(self, service, who, job_status, clear_status):
+        client = service.client
+        job, other = client.submit("echo", "hi"), client.submit("echo", "other")
+        cookie = log_in(client)
+        headers = {
+            "nobody": {},
+            "wrong key": {"Authorization": "x"},
+            "another's key": {"Authorization": other["job_key"]},
+            "bearer of the key": {"Authorization": "Bearer " + job["job_key"]},
+            "key": {"Authorization": job["job_key"]},
+            "basic": {"Authorization": ADMIN},
+            "wrong basic": {"Authorization": basic("admin", "x")},
+            "cookie": {"Cookie": cookie},
+            "cookie, same origin": {"Cookie": cookie, "Sec-Fetch-Site": "same-origin"},
+            "cookie, other origin": {"Cookie": cookie, "Origin": "https://evil.example"},
+            "basic, other origin": {"Authorization": ADMIN, "Sec-Fetch-Site": "cross-site"},
+            "secure key": {"Authorization": SECURE_KEY},
+            "secure key, other origin": {"Authorization": SECURE_KEY, "Origin": "https://evil.example"},
+            "no secure key": {"Authorization": ""},
+            "tampered cookie": {"Cookie": cookie[:-2] + "zz"},
+        }[who]
+        path = "/job/" + job["job_id"]
+        for method, route, status in [
+            ("GET", "/", 200),
+            ("GET", "/status", 200),
+            ("GET", "/user", 200),
+            ("GET", "/job", 200),
+            ("POST", "/job", 200),
+            ("GET", path, job_status),
+            ("GET", path + "/data", job_status),
+            ("DELETE", "/job?days=5", clear_status),
+        ]:
+            body = json.dumps(submission(data="x")) if method == "POST" else None
+            answer = client.request(method, route, body, {**headers, "Content-Type": "application/json"})
+            assert answer.status == status, (method, route)
+            assert status != 403 or answer.json == {"error": "not authorized"}
+        may_delete = clear_status == 200 or who == "key"
+        for method, route in [
+            ("POST", path + "/cancel"),
+            ("POST", path + "/resubmit"),
+            ("POST", path + "/callback"),
+            ("DELETE", path),
+        ]:
+            status = client.request(method, route, None, headers).status
+            assert (status != 403) == may_delete, (method, route)
+
+    def test_an_unknown_job_is_404(self, client):
+        for method, path in (
+            ("GET", "/job/x"),
+            ("GET", "/job/x/data"),
+            ("DELETE", "/job/x"),
+            ("POST", "/job/x/cancel"),
+        ):
+            answer = client.request(method, path, headers={"Authorization": SECURE_KEY})
+            assert (answer.status, answer.json) == (404, {"error": "job_id not found"})
+
+    def test_a_list_that_is_not_public(self, start):
+        client = start(PUBLIC_JOB_LIST=False).client
+        assert [client.get("/job", key=key).status for key in (None, "x", ADMIN, SECURE_KEY)] == [403, 403, 200, 200]
+
+    def test_listing_filters_and_pages(self, client):
+        jobs = [
+            client.submit(
+                "echo",
+                ">" if number % 3 == 0 else "x",
+                job_id=f"j{number}",
+                metadata={"parity": number % 2, "kind": "k" if number < 5 else "l", "set": [1]},
+            )
+            for number in range(10)
+        ]
+
+        def listed(parameters):
+            answer = client.get("/job?" + parameters)
+            assert answer.status == 200
+            return [path.rpartition("/j")[2] for path in answer.json["list"]]
+
+        assert listed("") == list("9876543210") and len(jobs) == 10
+        assert (
+            listed("_limit=3") == list("987")
+            and listed("_limit=3&_offset=8") == list("10")
+            and listed("_limit=0") == []
+        )
+        assert listed("_status=error") == list("9630") and listed("_status=pending") == [] == listed("_status=x")
+        assert listed("parity=1") == list("97531") and listed("parity=1&kind=k") == list("31")
+        assert (
+            listed("parity=1&kind=k&_status=error") == ["3"]
+            and listed("set=[1]") == listed("")
+            and listed("set=1") == []
+        )
+        assert listed("parity=1&parity=0") == [] and listed("nothing=x") == [] and listed("parity=") == []
+
+    def test_next_leads_through_all_pages(self, client):
+        for _ in range(7):
+            client.submit("echo", "x", metadata={"a": "1"})
+        for path in ("/job?_limit=3", "/job?a=1&_limit=3&_status=complete", "/job?_limit=2&_offset=1"):
+            seen, step = [], path
+            while step:
+                answer = client.get(step)
+                seen += answer.json["list"]
+                link = answer.headers["Link"]
+                step = link and re.fullmatch('<(.+)>; rel="next"', link)[1]
+            assert len(seen) == len(set(seen)) == (6 if "_offset" in path else 7)
+            assert seen == client.get("/job").json["list"][-len(seen) :]
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/job?_limit=abc",
+            "/job?_limit=-1",
+            "/job?_offset=1.5",
+            "/job?_limit=",
+            "/job?_offset=+1",
+            "/job?_limit=99999999999999999999",
+            "/job?_before=x",
+            "/job?_limit=\u0661",
+        ],
+    )
+    def test_a_bad_number_is_409(self, client, path):
+        answer = client.get(urllib.parse.quote(path, safe="/?=&+"))
+        assert answer.status == 409 and "whole number" in answer.error
+
+    @pytest.mark.parametrize("days", ["abc", "-1", "1e9", "1000000000", "", "1.5"])
+    def test_bad_days_are_409(self, client, days):
+        answer = client.delete("/job?days=" + days, key=ADMIN)
+        assert answer.status == 409 and "days has to be a whole number" in answer.error
+
+    def test_clearing_old_jobs(self, service):
+        client = service.client
+        jobs = [client.submit("echo", "&x", metadata={"a": 1}) for _ in range(4)]
+        with contextlib.closing(sqlite3.connect(str(service.path))) as connection, connection:
+            for job, days in zip(jobs, (11, 9, 3, 0)):
+                moment = csp.timestamp(time.time() - days * 86_400)
+                connection.execute("UPDATE jobs SET finished_timestamp = ? WHERE job_id = ?", (moment, job["job_id"]))
+        assert client.delete("/job", key=ADMIN).json == {"success": True, "deleted": 1}
+        assert client.delete("/job?days=5", key=SECURE_KEY).json == {"success": True, "deleted": 1}
+        assert client.delete("/job?days=0", key=SECURE_KEY).json == {"success": True, "deleted": 2}
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 0, "error": 0}
+        assert query(service.path, "SELECT (SELECT count(*) FROM logs) + (SELECT count(*) FROM metadata)") == [(0,)]
+
+    def test_the_log_of_a_job_and_its_newest_lines(self, start):
+        registry = csp.Registry()
+
+        @registry.synchronous
+        def talk(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            for number in range(5):
+                logger.warning("line %d", number)
+
+        client = start(registry).client
+        job = client.submit("talk")
+        assert [line["message"] for line in client.show(job)["logs"]] == [f"line {number}" for number in range(5)]
+        for limit, expected in (
+            ("2", ["line 4", "line 3"]),
+            ("0", []),
+            ("99", [f"line {n}" for n in range(4, -1, -1)]),
+        ):
+            logs = client.get(f"/job/{job['job_id']}?limit={limit}", key=job["job_key"]).json["logs"]
+            assert [line["message"] for line in logs] == expected
+        assert client.get(f"/job/{job['job_id']}?limit=x", key=job["job_key"]).status == 409
+        for line in client.show(job)["logs"]:
+            time.mktime(time.strptime(line["timestamp"], "%Y-%m-%dT%H:%M:%S.%f"))
+
+    def test_the_data_of_a_job_that_failed_or_runs(self, start):
+        registry, gate, _ = controlled_registry()
+        client = start(registry).client
+        failed, waiting = client.submit("echo", ">"), client.submit("wait")
+        answers = [client.get(f"/job/{job['job_id']}/data", key=job["job_key"]) for job in (failed, waiting)]
+        assert [answer.status for answer in answers] == [409, 409]
+        assert answers[0].json == {"error": {"message": "do not start message with >"}}
+        assert "not finished" in answers[1].error
+        gate.set()
+
+    def test_a_streamed_result_arrives_as_it_is_made(self, start):
+        registry, gate = csp.Registry(), threading.Event()
+
+        @registry.synchronous
+        def stream(task_id, input):
+            def parts():
+                yield '["first"'
+                assert gate.wait(PATIENCE_SECONDS)
+                yield b', "second"]'
+
+            return parts
+
+        running = start(registry)
+        body = json.dumps({"job_type": "stream", "api_key": "k"}).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", running.server.server_port, timeout=PATIENCE_SECONDS)
+        connection.request("POST", "/job/s", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.headers["Content-Type"] == "application/json" and response.read(8) == b'["first"'
+        gate.set()
+        assert json.loads(b'["first"' + response.read()) == ["first", "second"]
+        connection.request("GET", "/job/s", headers={"Authorization": SECURE_KEY})
+        assert json.loads(connection.getresponse().read())["status"] == "complete"
+        connection.close()
+        old = raw_exchange(
+            running.server.url,
+            b"POST /job HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body),
+        )
+        assert old.endswith(b'\r\n\r\n["first", "second"]') and b"chunked" not in old
+
+    @pytest.mark.parametrize(
+        "parts, is_begun",
+        [([ValueError("x")], False), (["a", csp.JobError("x")], True), ([5], False), (["a", SystemExit(1)], True)],
+    )
+    def test_a_stream_that_breaks_off_is_an_error_of_the_job(self, start, parts, is_begun):
+        registry = csp.Registry()
+
+        @registry.synchronous
+        def stream(task_id, input):
+            def generate():
+                for part in parts:
+                    if isinstance(part, BaseException):
+                        raise part
+                    yield part
+
+            return generate
+
+        running = start(registry)
+        body = json.dumps({"job_type": "stream", "api_key": "k"}).encode()
+        answer = raw_exchange(
+            running.server.url,
+            b"POST /job/s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body),
+        )
+        assert answer.startswith(b"HTTP/1.1 200 ") and not answer.endswith(b"0\r\n\r\n")
+        assert (b"chunked" in answer) == is_begun
+        job = running.client.get("/job/s", key=SECURE_KEY).json
+        assert job["status"] == "error" and job["error"]["message"]
+
+    def test_a_client_that_leaves_a_stream_ends_its_job(self, start):
+        registry = csp.Registry()
+
+        @registry.synchronous
+        def endless(task_id, input):
+            return lambda: iter(lambda: "x" * 10_000, None)
+
+        running = start(registry)
+        body = json.dumps({"job_type": "endless", "api_key": "k"}).encode()
+        with socket.create_connection(("127.0.0.1", running.server.server_port)) as connection:
+            connection.sendall(
+                b"POST /job/s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+                b"\r\n%b" % (len(body), body)
+            )
+            connection.recv(1000)
+        job = eventually(
+            lambda: (
+                running.client.get("/job/s", key=SECURE_KEY).json["status"] != "pending"
+                and running.client.get("/job/s", key=SECURE_KEY).json
+            )
+        )
+        assert "client went away" in job["error"]["message"]
+
+    def test_jobs_cannot_break_the_service(self, start, capfd):
+        registry = example_registry()
+
+        def endless_log(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            for _ in range(20_000):
+                logger.warning("x" * 100)
+            logger.warning("y" * 10_000_000)
+
+        def starts_threads(task_id, input):
+            for _ in range(20):
+                threading.Thread(target=lambda: None).start()
+
+        def changes_input(task_id, input):
+            input.clear()
+
+        def interrupted(task_id, input):
+            raise KeyboardInterrupt
+
+        misdeeds = {
+            "exits": lambda task_id, input: sys.exit(),
+            "interrupted": interrupted,
+            "endless_log": endless_log,
+            "starts_threads": starts_threads,
+            "changes_input": changes_input,
+            "large": lambda task_id, input: "x" * 20_000_000,
+            "prints": lambda task_id, input: print("x" * 1_000_000),
+            "a_set": lambda task_id, input: {1},
+            "deep": lambda task_id, input: deep(task_id, input),
+        }
+
+        def deep(task_id, input):
+            return deep(task_id, input)
+
+        for name, function in misdeeds.items():
+            registry.asynchronous(lambda_named(name, function))
+            registry.synchronous(lambda_named(name + "_now", function))
+        client = start(registry, WORKERS=1).client
+        ended = {name: client.finish(client.submit(name)) for name in misdeeds}
+        now = {name: client.submit(name + "_now") for name in misdeeds}
+        for jobs in (ended, now):
+            assert {name for name, job in jobs.items() if job["status"] == "complete"} == {
+                "endless_log",
+                "starts_threads",
+                "changes_input",
+                "large",
+                "prints",
+            }
+            assert "not JSON" in jobs["a_set"]["error"]["message"]
+            assert jobs["deep"]["error"]["message"].startswith("RecursionError")
+            assert len(jobs["endless_log"]["logs"]) == 20_001
+            assert jobs["endless_log"]["logs"][-1]["message"].endswith("(cut: 10,000,000 characters)")
+        assert client.submit("echo", "hi")["data"] == ">hi"
+
+
+DOCUMENTED_MODULE = """
+    import logging
+    import ckanserviceprovider.job as job
+    import ckanserviceprovider.util as util
+
+
+    @job.sync
+    def echo(task_id, input):
+        handler = util.StoringHandler(task_id, input)
+        logger = logging.getLogger(__name__)
+        logger.addHandler(handler)
+
+        if input['data'].startswith('>'):
+            raise util.JobError('do not start message with >')
+        if input['data'].startswith('#'):
+            raise Exception('serious exception')
+        if input['data'].startswith('&'):
+            logger.warn('just a warning')
+        return '>' + input['data']
+    """
+
+
+class TestCommandLine:
+    """``python csp.py``."""
+
+    def test_the_documentations_example_runs_word_for_word(self, launch):
+        client = launch(DOCUMENTED_MODULE).client
+        jobs = [client.submit("echo", data) for data in ("hi", ">hi", "#", "&hi")]
+        assert [job["data"] for job in jobs] == [">hi", None, None, ">&hi"]
+        assert [job["error"] and job["error"]["message"] for job in jobs] == [
+            None,
+            "do not start message with >",
+            "Exception: serious exception",
+            None,
+        ]
+        assert [len(job["logs"]) for job in jobs] == [0, 0, 0, 1]
+
+    def test_the_first_lines_say_what_is_where_and_the_command_works(self, launch, tmp_path):
+        server = launch(DOCUMENTED_MODULE, "--name", "Mine")
+        banner = "".join(server.banner)
+        assert (
+            banner.startswith("Mine (csp.py ") and "Job types: echo\n" in banner and str(tmp_path / "jobs.db") in banner
+        )
+        assert SETTINGS["PASSWORD"] not in banner
+        command = server.banner[-1].partition(":")[2].strip()
+        result = subprocess.run(command + " --silent", shell=True, stdout=subprocess.PIPE, timeout=PATIENCE_SECONDS)
+        if result.returncode == 127 and not IN_CI:
+            pytest.skip("there is no curl")
+        assert json.loads(result.stdout.decode())["data"] == ">hello"
+
+    def test_a_password_is_made_and_printed_if_none_is_set(self, launch):
+        server = launch(DOCUMENTED_MODULE, environ={"CSP_PASSWORD": ""})
+        password = re.search(r"password (\S+) ", "".join(server.banner))[1]
+        assert server.client.get("/login", key=basic("admin", password)).status == 302
+
+    @pytest.mark.parametrize(
+        "arguments, sentence",
+        [
+            (["--port", "x"], "The setting PORT has to be a number."),
+            (["--workers", "0"], "The setting WORKERS has to be between"),
+            (["--db", "postgresql://a/b"], "SQLALCHEMY_DATABASE_URI has to be sqlite"),
+            (["--config", "nowhere.py"], "cannot be read"),
+            (["--jobs", "no_such_module"], "The job module no_such_module cannot be imported"),
+            (["--jobs", "nowhere.py"], "The job module nowhere.py cannot be imported"),
+            (["--jobs", "broken"], "The job module broken has a syntax error"),
+            (["--jobs", "raises"], "The job module raises fails: ZeroDivisionError"),
+            (["--jobs", "twice"], "two job types are called work: "),
+            (["--db", "text.db"], "text.db is not a database"),
+            (["--db", "no/such/place.db"], "its directory does not exist"),
+            (["--db", "."], "is not a file"),
+            (["--host", "no.such.host.invalid"], "The address no.such.host.invalid port"),
+            (["--config", "bad.py"], "bad.py fails"),
+            (["--log-file", "no/such/log"], "The log file no/such/log cannot be written"),
+            (["--run", "nothing"], "--run takes a job type"),
+            (["--jobs", "good", "--run", "work", "{"], "The data for --run is not JSON"),
+        ],
+        ids=str,
+    )
+    def test_what_is_wrong_at_the_start_is_one_sentence(self, tmp_path, arguments, sentence):
+        for name, text in {
+            "broken.py": "def",
+            "raises.py": "1 / 0",
+            "bad.py": "1 / 0",
+            "text.db": "some text",
+            "good.py": "import csp.job as job\n@job.sync\ndef work(task_id, input): pass\n",
+            "twice.py": "import csp.job as job\n@job.sync\ndef work(a, b): pass\n@job.sync\ndef work(a, b): pass\n",
+        }.items():
+            (tmp_path / name).write_text(text)
+        result = run_command("--port", 0, *arguments, cwd=tmp_path)
+        assert result.returncode == 2 and result.stderr.startswith("csp: ") and sentence in result.stderr
+        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr and result.stdout == ""
+
+    def test_a_port_in_use_is_one_sentence(self, tmp_path):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            result = run_command("--port", taken.getsockname()[1], cwd=tmp_path)
+        assert result.returncode == 2 and "choose another with --host or --port" in result.stderr
+
+    @pytest.mark.parametrize(
+        "arguments, input, code, output, errors",
+        [
+            (["echo", '"hi"'], None, 0, ">hi\n", ""),
+            (["echo", "-"], '"hi"', 0, ">hi\n", ""),
+            (["echo", '"&x"'], None, 0, ">&x\n", "WARNING just a warning"),
+            (["echo", '">"'], None, 1, "", '{"message": "do not start message with >"}'),
+            (["echo", '"#"'], None, 1, "", "serious exception"),
+            (["stream"], None, 0, "abc\n", ""),
+        ],
+        ids=str,
+    )
+    def test_run_runs_one_job_here_and_now(self, tmp_path, arguments, input, code, output, errors):
+        source = textwrap.dedent(DOCUMENTED_MODULE) + "\n@job.sync\ndef stream(a, b):\n    return lambda: 'abc'\n"
+        (tmp_path / "my_jobs.py").write_text(source.replace("logger.warn(", "logger.warning("))
+        result = run_command("--jobs", "my_jobs.py", "--run", *arguments, input=input, cwd=tmp_path)
+        assert (result.returncode, result.stdout) == (code, output)
+        assert errors in result.stderr and not list(tmp_path.glob("*.db"))
+
+    def test_version_help_and_hash(self):
+        assert run_command("--version").stdout == f"csp.py {csp.__version__}\n"
+        text = run_command("--help").stdout
+        assert all(row.option in text for row in csp.SETTINGS) and "--run" in text and "--hash-password" in text
+        hashed = run_command("--hash-password", input="open sesame\n").stdout.strip()
+        assert csp.Secret(hashed).matches("open sesame") and not csp.Secret(hashed).matches("open")
+        empty = run_command("--hash-password", input="\n")
+        assert empty.returncode == 2 and "empty" in empty.stderr
+
+    def test_modules_by_name_and_by_file_and_settings_at_import(self, launch, tmp_path):
+        (tmp_path / "more").mkdir()
+        (tmp_path / "more" / "other.py").write_text(
+            textwrap.dedent("""
+            from csp import web, job
+            NAME, MINE = web.app.config["NAME"], web.app.config.get("CHUNK")
+            assert "CHUNK" in web.app.config and web.app.config.get("NOTHING", 5) == 5
+
+            @job.synchronous
+            def other(task_id, input):
+                return [NAME, MINE, web.app.config["PORT"]]
+            """)
+        )
+        (tmp_path / "settings.py").write_text("import os\nNAME = 'from file'\nCHUNK = 1024 * 2\nPORT = '8800'\n")
+        server = launch(DOCUMENTED_MODULE, "--jobs", "more/other.py", "--config", "settings.py")
+        assert server.client.submit("other")["data"] == ["from file", 2048, 0]
+        assert server.client.get("/status").json["job_types"] == ["echo", "other"]
+
+    def test_the_access_log_has_lines_in_common_format_and_no_secret(self, launch, tmp_path):
+        server = launch(DOCUMENTED_MODULE, "--log-file", "service.log", environ={"CSP_STDERR": "False"})
+        server.client.get("/job?secret=hidden", key="hidden-key")
+        server.client.post("/job", {"job_type": "echo", "api_key": "hidden-api-key", "data": "x"})
+        assert server.terminate() == 0
+        text = (tmp_path / "service.log").read_text()
+        assert re.search(
+            r'^127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /job HTTP/1\.1" 200 \d+ ', text, re.M
+        )
+        assert "hidden" not in text and not server.log.read_text()
+        assert (tmp_path / "service.log").stat().st_mode & 0o777 == 0o600
+
+
+class TestExamples:
+    """jobs_example.py."""
+
+    @pytest.fixture(scope="class")
+    def site(self):
+        """The URL of a web server with some files."""
+        pages = {
+            "/good.csv": b"date;name;size;code\n2020-01-02;a;1;007\n2020-01-01;b;2.5;008\n2020-01-03;;;009\n",
+            "/tab.tsv": "n\u00e4me\tn\n\u00e4\t1\n".encode("utf-16"),
+            "/latin.csv": "n\u00e4me,n\n\u00e4,1\n".encode("latin-1"),
+            "/empty": b"",
+            "/html": b"<!DOCTYPE html><p>",
+            "/binary": b"a\x00b",
+            "/zip": b"PK\x03\x04abc",
+            "/plain": b"1,2\n3,4\n",
+        }
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = pages.get(self.path)
+                self.send_response(404 if body is None else 200)
+                self.send_header("Content-Length", str(len(body or b"") + (self.path == "/empty" and 0)))
+                self.end_headers()
+                self.wfile.write(body or b"")
+
+            def log_message(self, *arguments):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield "http://127.0.0.1:%d" % server.server_address[1]
+        server.shutdown()
+        server.server_close()
+
+    @pytest.fixture
+    def example(self, start):
+        """A client of a service with jobs_example."""
+        importlib.import_module("jobs_example")
+        return start(csp.registry).client
+
+    def test_checksum(self, example, site):
+        job = example.submit("checksum", {"url": site + "/plain"})
+        assert job["data"] == {
+            "url": site + "/plain",
+            "sha256": hashlib.sha256(b"1,2\n3,4\n").hexdigest(),
+            "size_bytes": 8,
+        }
+
+    def test_profile_csv_tells_what_is_in_the_columns(self, example, site, receiver):
+        job = example.finish(example.submit("profile_csv", {"url": site + "/good.csv"}, result_url=receiver.url))
+        data = job["data"]
+        assert (data["rows"], data["delimiter"], data["encoding"], data["has_header"]) == (3, ";", "utf-8", True)
+        told = [
+            tuple(column[key] for key in ("name", "type", "empties", "distinct", "min", "max", "mean"))
+            for column in data["columns"]
+        ]
+        assert told == [
+            ("date", "date", 0, 3, "2020-01-01", "2020-01-03", None),
+            ("name", "text", 1, 2, "a", "b", None),
+            ("size", "number", 1, 2, 1, 2.5, 1.75),
+            ("code", "text", 0, 3, "007", "009", None),
+        ]
+        assert job["progress"]["fraction"] == 1.0 and len(job["logs"]) >= 2
+        assert receiver.wait()[0][0]["Authorization"] == "secret-api-key"
+
+    @pytest.mark.parametrize(
+        "path, encoding, delimiter, has_header",
+        [("/tab.tsv", "utf-16", "\t", True), ("/latin.csv", "cp1252", ",", True), ("/plain", "utf-8", ",", False)],
+    )
+    def test_profile_csv_guesses(self, example, site, path, encoding, delimiter, has_header):
+        data = example.finish(example.submit("profile_csv", {"url": site + path}))["data"]
+        assert (data["encoding"], data["delimiter"], data["has_header"]) == (encoding, delimiter, has_header)
+
+    @pytest.mark.parametrize(
+        "path, sentence",
+        [
+            ("/empty", "file is empty"),
+            ("/html", "HTML page"),
+            ("/binary", "binary data"),
+            ("/zip", "ZIP archive"),
+            ("/nothing", "status 404"),
+        ],
+    )
+    def test_profile_csv_says_what_is_wrong(self, example, site, path, sentence):
+        job = example.finish(example.submit("profile_csv", {"url": site + path}))
+        assert job["status"] == "error" and sentence in job["error"]["message"] and set(job["error"]) == {"message"}
+
+    @pytest.mark.parametrize(
+        "data, sentence",
+        [
+            (None, "data has to be an object"),
+            ("x", "data has to be an object"),
+            ({"url": 5}, "begins with http"),
+            ({"url": "file:///etc/passwd"}, "begins with http"),
+            ({"url": "http://127.0.0.1:1/"}, "cannot be reached"),
+            ({"url": "http://a", "limit_bytes": 0}, "limit_bytes"),
+        ],
+    )
+    def test_bad_input_is_a_job_error(self, example, data, sentence):
+        for job in (example.submit("checksum", data), example.finish(example.submit("profile_csv", data))):
+            assert job["status"] == "error" and sentence in job["error"]["message"] and "traceback" not in job["error"]
