@@ -556,6 +556,7 @@ TRANSITIONS: Dict[str, FrozenSet[str]] = {
 MAX_ATTEMPTS = 3  # a job that ends the whole process each time must not do so for ever
 MAX_LOG_MESSAGE = 65_536  # characters; what is longer belongs into the result
 MAX_UNWRITTEN_LINES = 5_000  # log lines that a job may be ahead of the disk before it has to wait
+AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of what runs again: before all that waits
 CANCELLED = "cancelled"
 
 
@@ -605,6 +606,11 @@ class Job(NamedTuple):
             return self.status
         return RUNNING if self.run_at is None else QUEUED
 
+    @property
+    def is_suspect(self) -> bool:
+        """Whether the queued job was running in all crashes but the one that would be its last."""
+        return self.run_at == AFTER_CRASH and self.attempts >= MAX_ATTEMPTS - 1
+
     def read_input(self) -> Dict[str, Any]:
         """Return the submitted object, as the job's function gets it."""
         value = {"job_type": self.job_type, "api_key": self.api_key}
@@ -614,6 +620,15 @@ class Job(NamedTuple):
         if self.result_url is not None:
             value["result_url"] = self.result_url
         return value
+
+
+class Claim(NamedTuple):
+    """What a runner has been given: jobs to run; when the next one is due (epoch seconds), None if there is none;
+    and whether the only job is a suspect, which is to run alone for a while."""
+
+    jobs: List[Job]
+    next_at: Optional[float]
+    is_suspect: bool
 
 
 class LogLine(NamedTuple):
@@ -1295,21 +1310,28 @@ class Store:
             transaction.on_commit.append(then)
         return self._enqueue(operation)
 
-    def claim_jobs(self, limit: int, now: float) -> Tuple[List[Job], Optional[float]]:
-        """Mark up to ``limit`` queued jobs as running, the longest due first; return them and when the next is due."""
+    def claim_jobs(self, limit: int, now: float, is_idle: bool) -> Claim:
+        """Mark up to ``limit`` queued jobs as running, the longest due first, and return them.
+
+        A suspect is claimed by itself, and only if the runner ``is_idle``.
+        """
         check_transition(QUEUED, RUNNING)
 
-        def operation(transaction: Transaction) -> Tuple[List[Job], Optional[float]]:
-            rows = transaction.execute(_SELECT_JOB + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?",
-                                       (limit + 1,)).fetchall()
-            jobs = [Job._make(row) for row in rows]
-            due = [job._replace(run_at=None, attempts=job.attempts + 1, started_timestamp=timestamp(now))
-                   for job in jobs[:limit] if job.run_at is None or job.run_at <= now]
+        def operation(transaction: Transaction) -> Claim:
+            waiting = [Job._make(row) for row in transaction.execute(
+                _SELECT_JOB + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?", (limit + 1,))]
+            is_suspect = bool(waiting) and waiting[0].is_suspect
+            due = list(itertools.takewhile(lambda job: (job.run_at or 0.0) <= now and not job.is_suspect,
+                                           waiting[:limit]))
+            if is_suspect and is_idle:
+                due = waiting[:1]
+            claimed = [job._replace(run_at=None, attempts=job.attempts + 1, started_timestamp=timestamp(now))
+                       for job in due]
             transaction.executemany(
                 "UPDATE jobs SET run_at = NULL, attempts = ?, started_timestamp = ? WHERE seq = ?",
-                [(job.attempts, job.started_timestamp, job.seq) for job in due])
-            transaction.touched.update(job.job_id for job in due)
-            return due, jobs[len(due)].run_at if len(due) < len(jobs) else None
+                [(job.attempts, job.started_timestamp, job.seq) for job in claimed])
+            transaction.touched.update(job.job_id for job in claimed)
+            return Claim(claimed, waiting[len(due)].run_at if len(due) < len(waiting) else None, is_suspect)
         return self._write(operation)
 
     def mark_finished(self, job: Job, outcome: Outcome, run: Optional[JobRun], then: Callable[[], None],
@@ -1398,15 +1420,16 @@ class Store:
             transaction.on_commit.append(then)
         self._write(operation)
 
-    def delete_job(self, job: Job) -> bool:
-        """Delete the job, its log and its metadata; return whether it was there."""
-        def operation(transaction: Transaction) -> bool:
-            rows = transaction.execute("SELECT job_type, status FROM jobs WHERE seq = ?", (job.seq,)).fetchall()
+    def delete_job(self, job: Job) -> Optional[Job]:
+        """Delete the job, its log and its metadata; return it as it was at that moment, None if it was gone."""
+        def operation(transaction: Transaction) -> Optional[Job]:
+            row = transaction.execute(_SELECT_JOB + "WHERE seq = ?", (job.seq,)).fetchone()
+            if row is None:
+                return None
             transaction.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
-            for job_type, status in rows:
-                transaction.count(job_type, status, -1)
+            transaction.count(job.job_type, Job._make(row).status, -1)
             transaction.touched.add(job.job_id)
-            return bool(rows)
+            return Job._make(row)
         return self._write(operation)
 
     def delete_finished_jobs(self, before: str) -> int:
@@ -1640,7 +1663,7 @@ def _create_functions(connection: sqlite3.Connection) -> None:
 RETRY_SECONDS = (1, 2, 4, 8, 15, 15, 15, 15, 15, 15, 60, 300, 1800, 7200, 18_000, 36_000)
 CALLBACK_SECONDS = 15.0  # per attempt
 CALLBACK_THREADS = 64
-CALLBACK_THREADS_PER_HOST = 4  # of which a host that is failing gets one
+CALLBACK_THREADS_PER_HOST = 4  # for a host whose last callback was accepted; every other gets one
 MAX_CALLBACK_ANSWER_BYTES = 4096  # enough for an error text
 MAX_RETRY_AFTER_SECONDS = 36_000.0
 
@@ -1665,11 +1688,11 @@ def check_result_url(url: Any) -> None:
         raise Conflict("result_url has to start with http")
     try:
         parts = urllib.parse.urlsplit(url)
-        is_sound = bool(parts.hostname) and parts.port != 0
+        is_sound = bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
     except ValueError:
         is_sound = False
     if not is_sound or not re.fullmatch(r"[\x21-\x7e]+", url) or "\\" in url:
-        raise Conflict("result_url has to name a host, in ASCII and without spaces")
+        raise Conflict("result_url has to name a host, in ASCII, without spaces and without a user's name")
 
 
 class CallbackPolicy:
@@ -1783,14 +1806,18 @@ def _retry_after_seconds(text: Optional[str], now: float) -> float:
         return 0.0
     if re.fullmatch("[0-9]{1,9}", text.strip()):
         return float(text)
-    date = email.utils.parsedate_tz(text)
-    return max(0.0, email.utils.mktime_tz(date) - now) if date else 0.0
+    try:
+        date = email.utils.parsedate_tz(text)
+        return max(0.0, email.utils.mktime_tz(date) - now) if date else 0.0
+    except (ValueError, OverflowError, TypeError):
+        return 0.0
 
 
 def sign_callback(secret: str, job_id: str, now: float, body: bytes) -> Dict[str, str]:
     """Return the three headers of Standard Webhooks 1.0 (standardwebhooks.com)."""
     key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode("utf-8")
-    signed = f"{job_id}.{int(now)}.".encode("utf-8") + body
+    job_id = urllib.parse.quote(job_id)  # a header holds no letters beyond latin-1
+    signed = f"{job_id}.{int(now)}.".encode("ascii") + body
     signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode("ascii")
     return {"webhook-id": job_id, "webhook-timestamp": str(int(now)), "webhook-signature": "v1," + signature}
 
@@ -1818,7 +1845,7 @@ class CallbackSender:
         self._condition = threading.Condition()  # guards the fields below
         self._due: Dict[str, float] = dict(store.list_callback_hosts())
         self._sending: Dict[str, Set[int]] = {}
-        self._failing: Set[str] = set()
+        self._healthy: Set[str] = set()
         self._is_stopping = False
         self._pool = ThreadPoolExecutor(CALLBACK_THREADS, "csp-callback")
         self._thread = threading.Thread(target=self._run, name="csp-callbacks", daemon=True)
@@ -1870,7 +1897,7 @@ class CallbackSender:
                     log.debug("a late callback's connection had ended already")
 
     def _has_place(self, host: str) -> bool:
-        limit = 1 if host in self._failing else CALLBACK_THREADS_PER_HOST
+        limit = CALLBACK_THREADS_PER_HOST if host in self._healthy else 1
         total = sum(map(len, self._sending.values()))
         return len(self._sending.get(host, ())) < limit and total < CALLBACK_THREADS
 
@@ -1907,6 +1934,9 @@ class CallbackSender:
             self._store.mark_callback(job, status, answer.error, next_at)
         except Unavailable:
             next_at = time.time() + 1.0
+        except Exception:  # noqa: BLE001 - the worker loop: the callback has to be tried again whatever happened
+            log.exception("the callback of job %s failed in an unexpected way", job.job_id)
+            next_at = time.time() + RETRY_SECONDS[-1]
         finally:
             self._finish(host, job, answer, next_at)
 
@@ -1917,7 +1947,7 @@ class CallbackSender:
             self._sending[host].discard(job.seq)
             if not self._sending[host]:
                 del self._sending[host]
-            (self._failing.add if answer.error is not None else self._failing.discard)(host)
+            (self._healthy.add if answer.error is None else self._healthy.discard)(host)
             if next_at is not None:
                 self._due[host] = min(next_at, self._due.get(host, next_at))
             self._condition.notify_all()
@@ -1965,6 +1995,7 @@ class CallbackSender:
 ABANDONED_THREADS = 1000  # functions past their timeout cannot be stopped in a thread: so many may linger
 MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
 PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
+ALONE_SECONDS = 60.0  # how long a suspect runs alone: whoever kills the process must not take the others along again
 BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time
 STOPPED = "The service stopped while the job was running."
 
@@ -2054,8 +2085,9 @@ class Runner:
         self._condition = threading.Condition()  # guards what follows
         self._running: Dict[int, Tuple[JobRun, Job, Optional[float]]] = {}  # by seq; the float: deadline (monotonic)
         self._queued_running = 0
+        self._alone_until = 0.0  # monotonic seconds
         self._to_stop: Set[int] = set()  # told to stop between being claimed and being begun
-        self._unrecorded: List[Tuple[Job, Outcome, JobRun]] = []
+        self._unrecorded: List[Callable[[], Any]] = []  # what the disk could not take, to be called again
         self._is_woken = True
         self._is_stopping = False
         self._recover()
@@ -2069,7 +2101,10 @@ class Runner:
             self._condition.notify()
 
     def stop(self, grace_seconds: float) -> bool:
-        """Claim no more jobs and wait for the running ones; return whether all have ended and are recorded."""
+        """Claim no more jobs and wait for the running ones; return whether all have ended and are recorded.
+
+        What has not ended is left to the next start.
+        """
         with self._condition:
             self._is_stopping = True
             self._condition.notify_all()
@@ -2077,12 +2112,29 @@ class Runner:
         deadline = time.monotonic() + grace_seconds
         with self._condition:
             self._condition.wait_for(lambda: not self._running, grace_seconds)
-            is_done = not self._running
+            left = [(run, job) for run, job, _ in self._running.values()]
+        for run, job in left:
+            run.ended = True
+            self._leave(job, run)
         while self._unrecorded and time.monotonic() < deadline:
             time.sleep(0.1)
             self._record_again()
         self._executor.shutdown(wait=False)
-        return is_done and not self._unrecorded
+        return not left and not self._unrecorded
+
+    def _leave(self, job: Job, run: Optional[JobRun], run_at: float = AFTER_STOP) -> None:
+        """Queue a job that was running when the service stopped again, or end it if it may not run again."""
+        job_type = self._registry.get(job.job_type)
+        try:
+            if job.cancelled:
+                self._store.mark_finished(job, failure(CANCELLED), run, self._due(job))
+            elif job.synchronous or (job_type is not None and job_type.at_most_once):
+                outcome = failure(STOPPED + " It is not of a kind that is run again.")
+                self._store.mark_finished(job, outcome, run, self._due(job))
+            else:
+                self._store.mark_queued(job, run_at, run, lambda: None)
+        except Unavailable as error:
+            log.warning("job %s is found as running at the next start: %s", job.job_id, error.message)
 
     def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Job, None, Iterator[bytes]]]:
         """Run a synchronous job in this thread; return how it ended, or a stream that ends the job when it ends.
@@ -2138,24 +2190,28 @@ class Runner:
                 if self._is_stopping:
                     return
                 self._is_woken = False
-                free = self._workers - self._queued_running
+                running, alone = self._queued_running, self._alone_until - time.monotonic()
             try:
-                timeout = self._turn(free)
+                timeout = self._turn(running, alone if running else 0.0)
             except Unavailable:
                 timeout = 1.0
             except Exception:  # noqa: BLE001 - the worker loop: without it no job would ever run again
                 log.exception("the runner failed; it goes on in a second")
                 timeout = 1.0
 
-    def _turn(self, free: int) -> Optional[float]:
+    def _turn(self, running: int, alone_seconds: float) -> Optional[float]:
         """Do what is to be done now; return in how many seconds there may be more, None if only a wake can tell."""
         waits: List[Optional[float]] = []
-        if free > 0:
-            jobs, next_at = self._store.claim_jobs(free, time.time())
-            for job in jobs:
+        if alone_seconds > 0:
+            waits.append(alone_seconds)
+        elif running < self._workers:
+            now = time.time()
+            claim = self._store.claim_jobs(self._workers - running, now, is_idle=not running)
+            self._alone_until = time.monotonic() + ALONE_SECONDS if claim.is_suspect and claim.jobs else 0.0
+            for job in claim.jobs:
                 self._start(job)
-            if len(jobs) < free and next_at is not None:
-                waits.append(max(0.0, next_at - time.time()))
+            if claim.next_at is not None and claim.next_at > now:
+                waits.append(claim.next_at - now)
         waits += [self._end_late_runs(), self._write_progress(), self._record_again()]  # knows the runs just started
         return min((wait for wait in waits if wait is not None), default=None)
 
@@ -2166,11 +2222,14 @@ class Runner:
         if job_type is None:
             available = ", ".join(self._registry.names())
             outcome = failure(f"Job type {job.job_type} not available. Available job types are {available}")
-            self._finish(job, outcome, run)
+            self._end(job, outcome, run)
         elif job.cancelled or run.cancelled.is_set():
-            self._finish(job, failure(CANCELLED), run)
+            self._end(job, failure(CANCELLED), run)
         else:
-            self._executor.submit(self._work, job, job_type, run)
+            try:
+                self._executor.submit(self._work, job, job_type, run)
+            except RuntimeError as error:  # no more threads
+                self._requeue(job, time.time() + BACKOFF_SECONDS[0], run, f"It could not be started: {error}.")
 
     def _work(self, job: Job, job_type: JobType, run: JobRun) -> None:
         outcome = call_function(job_type.function, run, job.read_input, streams=False)
@@ -2178,18 +2237,19 @@ class Runner:
         if outcome.may_retry and job.attempts <= job_type.retries and not run.cancelled.is_set():
             self._retry(job, outcome, run)
         else:
-            self._finish(job, outcome, run)
+            self._end(job, outcome, run)
 
     def _retry(self, job: Job, outcome: Outcome, run: JobRun) -> None:
         delay = min(BACKOFF_SECONDS[0] * 2 ** min(job.attempts - 1, 20), BACKOFF_SECONDS[1]) * random.uniform(1.0, 1.5)
         message = json.loads(outcome.error or "{}").get("message")
-        run.add_message("WARNING", f"Attempt {job.attempts} failed ({message}); the next is in {delay:.1f} seconds.")
-        try:
-            self._store.mark_queued(job, time.time() + delay, run, self.wake)
-        except Unavailable:
-            self._finish(job, outcome, run)
-        else:
-            self._forget(run)
+        self._requeue(job, time.time() + delay, run,
+                      f"Attempt {job.attempts} failed ({message}); the next is in {delay:.1f} seconds.")
+
+    def _requeue(self, job: Job, run_at: float, run: JobRun, message: str) -> None:
+        run.add_message("WARNING", message)
+        run.ended = True
+        self._record(functools.partial(self._store.mark_queued, job, run_at, run, self.wake))
+        self._forget(run)
 
     # -- runs
 
@@ -2228,27 +2288,43 @@ class Runner:
         If the disk cannot take it now, it is kept and recorded later, and Unavailable is raised.
         """
         run.ended = True
+        then = self._due(job)
         try:
-            return self._store.mark_finished(job, outcome, run, self._due(job))
+            return self._store.mark_finished(job, outcome, run, then)
         except ValueError as error:
-            return self._store.mark_finished(job, failure(str(error)), run, self._due(job))
+            return self._store.mark_finished(job, failure(str(error)), run, then)
         except Unavailable:
             with self._condition:
-                self._unrecorded.append((job, outcome, run))
+                self._unrecorded.append(functools.partial(self._store.mark_finished, job, outcome, run, then))
             raise
         finally:
             self._forget(run)
 
+    def _end(self, job: Job, outcome: Outcome, run: JobRun) -> None:
+        """Record the outcome of a queued job, now or later: nobody waits for it."""
+        try:
+            self._finish(job, outcome, run)
+        except Unavailable:
+            log.debug("the outcome of job %s is kept until it can be stored", job.job_id)
+
+    def _record(self, write: Callable[[], Any]) -> bool:
+        """Make a write, or keep it for later if the disk cannot take it now."""
+        try:
+            write()
+        except Unavailable:
+            with self._condition:
+                self._unrecorded.append(write)
+            return False
+        return True
+
     def _record_again(self) -> Optional[float]:
-        """Try to record outcomes that the disk could not take; return when to try the rest."""
+        """Try what the disk could not take before; return in how many seconds to try the rest."""
         with self._condition:
-            entries, self._unrecorded = self._unrecorded, []
-        for index, (job, outcome, run) in enumerate(entries):
-            try:
-                self._store.mark_finished(job, outcome, run, self._due(job))
-            except Unavailable:
+            writes, self._unrecorded = self._unrecorded, []
+        for index, write in enumerate(writes):
+            if not self._record(write):
                 with self._condition:
-                    self._unrecorded += entries[index:]
+                    self._unrecorded += writes[index + 1:]
                 return 1.0
         return None
 
@@ -2260,7 +2336,7 @@ class Runner:
         for run, job, deadline in timed:
             if deadline is not None and deadline <= now:
                 run.cancelled.set()
-                self._finish(job, self._timeout_outcome(job), run)
+                self._end(job, self._timeout_outcome(job), run)
         return min((deadline - now for _, _, deadline in timed if deadline is not None and deadline > now),
                    default=None)
 
@@ -2333,16 +2409,11 @@ class Runner:
         for job in self._store.list_running():
             job_type = self._registry.get(job.job_type)
             limit = max(MAX_ATTEMPTS, (job_type.retries if job_type else 0) + 1)
-            if job.cancelled:
-                outcome = failure(CANCELLED)
-            elif job.synchronous or (job_type is not None and job_type.at_most_once):
-                outcome = failure(STOPPED + " It is not of a kind that is run again.")
-            elif job.attempts >= limit:
+            if job.attempts >= limit and not job.cancelled and not job.synchronous:
                 outcome = failure(f"{STOPPED} That was attempt {job.attempts} of {limit}, so it is not run again.")
+                self._store.mark_finished(job, outcome, None, self._due(job))
             else:
-                self._store.mark_queued(job, 0.0, None, lambda: None)
-                continue
-            self._store.mark_finished(job, outcome, None, self._due(job))
+                self._leave(job, None, AFTER_CRASH)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3093,9 +3164,11 @@ class Service:
     def delete_job(self, request: Request, job_id: str) -> Response:
         """Delete a job with its log and metadata; if it runs, tell it to stop and drop its result."""
         job = self._find_job(request, job_id)
-        if not self.store.delete_job(job):
+        deleted = self.store.delete_job(job)
+        if deleted is None:
             raise NotFound("job_id not found")
-        self.runner.tell_to_stop(job)
+        if deleted.state == RUNNING:
+            self.runner.tell_to_stop(deleted)
         return Response.json({"success": True})
 
     def clear_jobs(self, request: Request) -> Response:
@@ -3552,7 +3625,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
         if not access_log.isEnabledFor(logging.INFO):
             return
         head = self._head
-        line = f"{head.method} {head.target.partition('?')[0]} HTTP/1.{0 if head.is_http_1_0 else 1}" if head else "-"
+        path = head.target.partition("?")[0].replace('"', "%22") if head else ""
+        line = f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}" if head else "-"
         access_log.info('%s - - [%s] "%s" %d %d %.1fms', address or self.client_address[0],
                         time.strftime("%d/%b/%Y:%H:%M:%S %z"), line, status, sent,
                         (time.monotonic() - started) * 1000 if started else 0.0)
@@ -3800,9 +3874,20 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     is_done = service.close(max(0.0, deadline - time.monotonic()))
     if not is_done:
         log.warning("jobs were still running; they are taken up again at the next start")
-        logging.shutdown()
-        os._exit(0)  # a thread cannot be ended, and the interpreter would wait for it
+    _end_process_if_held()
     return 0
+
+
+def _end_process_if_held() -> None:
+    """Exit here and now if threads of jobs or callbacks go on: the interpreter would wait for them, maybe for ever."""
+    deadline = time.monotonic() + 0.5
+    for thread in threading.enumerate():
+        if thread.name.startswith(("csp-job", "csp-callback")):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                logging.shutdown()
+                sys.stdout.flush()
+                os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3893,15 +3978,31 @@ def _build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _load_file(path: Path) -> None:
+    """Import a file under its own name, or one like it if another module has that."""
+    name = stem = re.sub(r"\W", "_", path.stem)
+    for number in itertools.count(2):
+        known = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
+        if name in sys.modules and known is not None and known.origin == str(path):
+            return
+        if known is None or known.origin == str(path):
+            break
+        name = f"{stem}_{number}"
+    spec = importlib.util.spec_from_file_location(name, str(path))
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError("there is no such file")
+    sys.path.append(str(path.parent))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
 def load_jobs(name: str) -> None:
     """Import a job module by name or by the path of its .py file; raise StartError if that fails."""
     try:
         if not name.endswith(".py"):
             importlib.import_module(name)
             return
-        path = Path(name).resolve()
-        sys.path.insert(0, str(path.parent))
-        importlib.import_module(path.stem)
+        _load_file(Path(name).resolve())
     except StartError:
         raise
     except ImportError as error:

@@ -4,6 +4,7 @@ import ast
 import base64
 import contextlib
 import dis
+import email.utils
 import gc
 import hashlib
 import hmac
@@ -18,6 +19,7 @@ import queue
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import sqlite3
@@ -1945,7 +1947,7 @@ def add_job(store, job_id, **fields):
 
 def claim(store, job):
     """Claim queued jobs until ``job`` is among them; return it as it is then."""
-    claimed = {claimed.seq: claimed for claimed in store.claim_jobs(10_000, time.time())[0]}
+    claimed = {claimed.seq: claimed for claimed in store.claim_jobs(10_000, time.time(), True).jobs}
     return claimed[job.seq]
 
 
@@ -2461,7 +2463,7 @@ class TestStore:
         elif action == 4:
             self.batch(store, [make_job(store, job_id) for job_id in (job.job_id, f"{number}-a", f"{number}-a")])
         elif action == 5:
-            store.claim_jobs(chance.randrange(1, 4), time.time())
+            store.claim_jobs(chance.randrange(1, 4), time.time(), True)
         elif action in (6, 7) and job.state in (csp.RUNNING, csp.QUEUED):
             status = "complete" if job.state == csp.RUNNING and action == 6 else "error"
             assert finish(store, job, status) and not finish(store, job, status)
@@ -2499,13 +2501,13 @@ class TestStore:
         now = time.time()
         for job_id, run_at in (("c", 3.0), ("a", 1.0), ("b", 1.0), ("later", now + 60)):
             add_job(store, job_id, run_at=run_at)
-        jobs, next_at = store.claim_jobs(2, now)
+        jobs, next_at, _ = store.claim_jobs(2, now, True)
         assert ([job.job_id for job in jobs], next_at) == (["a", "b"], 3.0)
-        jobs, next_at = store.claim_jobs(2, now)
+        jobs, next_at, _ = store.claim_jobs(2, now, True)
         assert ([job.job_id for job in jobs], next_at) == (["c"], now + 60)
-        assert store.claim_jobs(2, now) == ([], now + 60)
+        assert store.claim_jobs(2, now, True) == ([], now + 60, False)
         assert [job.job_id for job in store.list_running()] == ["c", "a", "b"]
-        assert [job.job_id for job in store.claim_jobs(2, now + 61)[0]] == ["later"]
+        assert [job.job_id for job in store.claim_jobs(2, now + 61, True).jobs] == ["later"]
 
     def test_the_api_key_is_erased_when_it_is_not_needed_any_more(self, store, tmp_path):
         for job_id, result_url in (("with", "http://a/"), ("without", None)):
@@ -3852,288 +3854,6 @@ class TestCallbacks:
             running.stop(0.1)
 
 
-class TestRunner:
-    """Queue, workers, retries, timeouts, cancelling, recovery."""
-
-    def test_2000_jobs_from_16_threads_all_end_with_their_callbacks(self, start, receiver):
-        running = start()
-        bodies = [
-            json.dumps({"job_type": "async_echo", "api_key": "k", "data": str(number), "result_url": receiver.url})
-            for number in range(2000)
-        ]
-        statuses, jobs = [], []
-
-        def submit(part):
-            connection = http.client.HTTPConnection("127.0.0.1", running.server.server_port, timeout=PATIENCE_SECONDS)
-            for body in part:
-                connection.request("POST", "/job", body, {"Content-Type": "application/json"})
-                response = connection.getresponse()
-                statuses.append(response.status)
-                jobs.append(json.loads(response.read())["job_id"])
-            connection.close()
-
-        threads = [threading.Thread(target=submit, args=(bodies[part::16],)) for part in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert set(statuses) == {200} and len(set(jobs)) == 2000
-        receiver.wait(2000)
-        stats = running.client.get("/status").json["stats"]
-        assert stats == {"pending": 0, "complete": 2000, "error": 0}
-        assert {body["job_id"] for _, body in receiver.received} == set(jobs)
-        assert all(body["data"] == ">" + body["sent_data"] for _, body in receiver.received)
-
-    def test_a_burst_waits_its_turn_on_disk(self, start):
-        registry, gate, seen = controlled_registry()
-        running = start(registry, WORKERS=2)
-        jobs = [running.client.submit("wait", number) for number in range(100)]
-        eventually(lambda: len(seen) == 2)
-        assert (
-            running.client.get("/status").json["stats"]["pending"] == 100 and len(running.service.runner._running) == 2
-        )
-        gate.set()
-        assert [running.client.finish(job)["data"] for job in jobs] == list(range(100))
-        assert sorted(seen) == list(range(100))
-
-    def test_one_worker_runs_them_in_their_order(self, start):
-        registry, gate, seen = controlled_registry()
-        gate.set()
-        running = start(registry, WORKERS=1)
-        jobs = [running.client.submit("wait", number) for number in range(50)]
-        running.client.finish(jobs[-1])
-        assert seen == list(range(50))
-
-    def test_as_many_run_at_once_as_there_are_workers(self, start):
-        registry, barrier = csp.Registry(), threading.Barrier(60)
-        registry.asynchronous(lambda_named("meet", lambda task_id, input: barrier.wait(PATIENCE_SECONDS) >= 0))
-        client = start(registry, WORKERS=60).client
-        assert all(client.finish(job)["data"] is True for job in [client.submit("meet") for _ in range(60)])
-
-    def test_an_exception_is_retried_with_a_pause_and_a_job_error_is_not(self, start, impatient):
-        registry, calls = csp.Registry(), []
-
-        @registry.asynchronous(retries=2)
-        def work(task_id, input):
-            calls.append(input["data"])
-            if input["data"] == "verdict":
-                raise csp.JobError("no")
-            if calls.count(input["data"]) <= input["data"]:
-                raise ValueError("not yet")
-            return "at last"
-
-        client = start(registry).client
-        jobs = [client.finish(client.submit("work", data)) for data in (2, 3, "verdict")]
-        assert [(job["status"], job["attempts"]) for job in jobs] == [("complete", 3), ("error", 3), ("error", 1)]
-        assert len(jobs[0]["logs"]) == 2 and "Attempt 1 failed (ValueError: not yet)" in jobs[0]["logs"][0]["message"]
-        assert jobs[0]["error"] is None and jobs[1]["error"]["message"] == "ValueError: not yet"
-
-    def test_a_retry_waits_on_disk_and_not_in_a_worker(self, start, monkeypatch):
-        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (3600.0, 3600.0))
-        registry = example_registry()
-
-        @registry.asynchronous(retries=1)
-        def broken(task_id, input):
-            raise ValueError("x")
-
-        running = start(registry, WORKERS=1)
-        job = running.client.submit("broken")
-        eventually(
-            lambda: query(running.path, "SELECT 1 FROM jobs WHERE attempts = 1 AND run_at > ?", time.time() + 3000)
-        )
-        assert running.client.finish(running.client.submit("async_echo", "hi"))["status"] == "complete"
-        assert running.client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).json["error"] == {
-            "message": "cancelled"
-        }
-
-    def test_a_timeout_ends_the_job_frees_its_place_and_drops_its_result(self, start):
-        registry, gate, told = example_registry(), threading.Event(), threading.Event()
-
-        @registry.asynchronous(timeout=0.2)
-        def stuck(task_id, input):
-            assert gate.wait(PATIENCE_SECONDS)
-            try:
-                csp.check_cancelled(task_id)
-            except csp.JobCancelled:
-                told.set()
-            return "late"
-
-        client = start(registry, WORKERS=1).client
-        job = client.submit("stuck")
-        ended = client.finish(job)
-        assert ended["status"] == "error" and "timeout of 0.2 seconds" in ended["error"]["message"]
-        assert client.finish(client.submit("async_echo", "hi"))["data"] == ">hi"
-        gate.set()
-        assert told.wait(PATIENCE_SECONDS)
-        assert client.finish(client.submit("async_echo", "hi")) and client.show(job) == ended
-
-    def test_a_synchronous_job_has_its_timeout_too(self, start):
-        registry, gate = csp.Registry(), threading.Event()
-        registry.synchronous(lambda_named("stuck", lambda task_id, input: gate.wait(PATIENCE_SECONDS)), timeout=0.2)
-        job = start(registry).client.submit("stuck")
-        assert job["status"] == "error" and "timeout" in job["error"]["message"]
-        gate.set()
-
-    def test_cancelling_and_deleting_in_every_state(self, start, receiver):
-        registry, gate, seen = controlled_registry()
-        running = start(registry, WORKERS=1)
-        client = running.client
-        told, waiting, gone, done = (
-            client.submit("until_told", result_url=receiver.url),
-            client.submit("wait", "waiting", result_url=receiver.url),
-            client.submit("wait", "gone", result_url=receiver.url),
-            client.submit("echo", "hi"),
-        )
-        eventually(lambda: seen)
-
-        def cancel(job):
-            return client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
-
-        assert cancel(waiting).json["error"] == {"message": "cancelled"}
-        assert client.delete("/job/" + gone["job_id"], key=gone["job_key"]).json == {"success": True}
-        assert cancel(told).status == 200
-        assert client.finish(told)["error"] == {"message": "cancelled"}
-        assert [cancel(job).status for job in (told, waiting, done, gone)] == [409, 409, 409, 404]
-        assert {body["job_id"] for _, body in receiver.wait(2)} == {told["job_id"], waiting["job_id"]}
-        running_job = client.submit("until_told", result_url=receiver.url)
-        eventually(lambda: running_job["job_id"] in seen)
-        assert client.delete("/job/" + running_job["job_id"], key=running_job["job_key"]).status == 200
-        assert client.finish(client.submit("async_echo", "hi"))["status"] == "complete"
-        assert seen == [told["job_id"], running_job["job_id"]] and len(receiver.received) == 2
-        assert query(running.path, "SELECT count(*) FROM logs") == [(0,)]
-
-    def test_cancelling_races_with_the_end_and_one_of_them_wins(self, start, receiver):
-        client = start(WORKERS=4).client
-        results = []
-        for _ in range(60):
-            job = client.submit("async_echo", "hi", result_url=receiver.url)
-            status = client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status
-            ended = client.finish(job)
-            results.append((status, ended["status"], ended["error"] and ended["error"]["message"]))
-            assert client.show(job)["status"] == ended["status"]
-        assert set(results) <= {(200, "error", "cancelled"), (200, "complete", None), (409, "complete", None)}
-        receiver.wait(60)
-        assert len({body["job_id"] for _, body in receiver.received}) == len(receiver.received) == 60
-
-    def test_resubmitting_a_job_of_every_status(self, start):
-        registry, gate, seen = controlled_registry()
-        client = start(registry, WORKERS=1).client
-        jobs = [client.submit("echo", "hi", metadata={"a": 1}), client.submit("echo", ">"), client.submit("wait", 1)]
-        for job in jobs:
-            path = f"/job/{job['job_id']}/resubmit"
-            if job["status"] != "pending":
-                answer = client.post(path, key=job["job_key"])
-                assert (answer.status, answer.error) == (409, "Please provide your API key.")
-            again = client.post(path, {"api_key": "k2"}, key=job["job_key"])
-            assert again.status == 200 and again.json["resubmitted_from"] == job["job_id"] != again.json["job_id"]
-            for field in ("job_type", "sent_data", "metadata", "result_url", "status"):
-                assert again.json[field] == job[field]
-            assert client.post(path, {"api_key": "k", "data": 1}, key=job["job_key"]).status == 409
-            assert client.post(path, {"api_key": "k"}).status == 403
-        gate.set()
-
-    def test_a_job_that_exits_is_an_error_and_its_worker_lives(self, start):
-        registry = example_registry()
-        registry.asynchronous(lambda_named("leave", lambda task_id, input: sys.exit(3)))
-        registry.synchronous(lambda_named("leave_now", lambda task_id, input: sys.exit(3)))
-        client = start(registry, WORKERS=1).client
-        assert client.finish(client.submit("leave"))["error"]["message"] == "SystemExit: 3"
-        assert client.submit("leave_now")["error"]["message"] == "SystemExit: 3"
-        assert client.finish(client.submit("async_echo", "hi"))["status"] == "complete"
-
-    def test_stopping_lets_running_jobs_end_and_leaves_the_rest_for_the_next_start(self, start):
-        registry, gate, seen = controlled_registry()
-        running = start(registry, WORKERS=1)
-        first, second = running.client.submit("wait", 1), running.client.submit("wait", 2)
-        eventually(lambda: seen)
-        stopping = threading.Thread(target=running.stop)
-        stopping.start()
-        eventually(lambda: running.service.runner._is_stopping)
-        gate.set()
-        stopping.join()
-        assert query(running.path, "SELECT status FROM jobs ORDER BY seq") == [("complete",), ("pending",)]
-        client = start(registry).client
-        assert [client.finish(job)["data"] for job in (first, second)] == [1, 2] and seen == [1, 2]
-
-    @pytest.mark.parametrize(
-        "change, expected",
-        [
-            ("attempts = 1", ("complete", 2, None)),
-            ("attempts = 2", ("complete", 3, None)),
-            ("attempts = 3", ("error", 3, "attempt 3 of 3")),
-            ("attempts = 1, synchronous = 1", ("error", 1, "not of a kind that is run again")),
-            ("attempts = 1, job_type = 'once'", ("error", 1, "not of a kind that is run again")),
-            ("attempts = 4, job_type = 'often'", ("complete", 5, None)),
-            ("attempts = 1, cancelled = 1", ("error", 1, "cancelled")),
-            ("attempts = 1, job_type = 'gone'", ("error", 2, "Job type gone not available")),
-        ],
-    )
-    def test_what_was_running_when_the_process_died(self, start, receiver, change, expected):
-        registry = example_registry()
-        registry.asynchronous(lambda_named("once", lambda task_id, input: 1), at_most_once=True)
-        registry.asynchronous(lambda_named("often", lambda task_id, input: 1), retries=9)
-        before = start(registry)
-        job = before.client.submit("async_echo", "hi", result_url=receiver.url)
-        before.client.finish(job)
-        receiver.wait()
-        before.stop()
-        with contextlib.closing(sqlite3.connect(str(before.path))) as connection, connection:
-            connection.execute(
-                "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, api_key = 'k', callback_attempts = 0, "
-                "callback_status = NULL, " + change
-            )
-            connection.execute("UPDATE counts SET jobs = jobs - 1 WHERE status = 'complete'")
-            connection.execute("INSERT OR REPLACE INTO counts SELECT job_type, 'pending', 1 FROM jobs")
-        client = start(registry).client
-        ended = client.finish(job)
-        status, attempts, message = expected
-        assert (ended["status"], ended["attempts"]) == (status, attempts)
-        assert (message is None) == (ended["error"] is None) and (message or "") in str(ended["error"])
-        assert receiver.wait(2)[1][1]["status"] == status
-
-    def test_a_full_house_is_answered_503(self, start):
-        registry, gate, seen = controlled_registry()
-        client = start(registry, MAX_PENDING=3).client
-        for number in range(3):
-            client.submit("wait", number)
-        answer = client.post("/job", {"job_type": "wait", "api_key": "k"})
-        assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and "3 unfinished jobs" in answer.error
-        gate.set()
-        eventually(lambda: client.post("/job", {"job_type": "wait", "api_key": "k"}).status == 200)
-
-    def test_old_jobs_are_cleared_by_themselves(self, start):
-        first = start()
-        old, new = first.client.submit("echo", "old"), first.client.submit("echo", "new")
-        first.stop()
-        with contextlib.closing(sqlite3.connect(str(first.path))) as connection, connection:
-            connection.execute(
-                "UPDATE jobs SET finished_timestamp = '2020-01-01T00:00:00.000000' WHERE job_id = ?", (old["job_id"],)
-            )
-        client = start(AUTO_CLEAR=True).client
-        eventually(lambda: client.get("/job").json["list"] == ["/job/" + new["job_id"]])
-
-    def test_progress_is_shown_while_it_runs_and_costs_few_commits(self, start):
-        registry, gate, half = csp.Registry(), threading.Event(), threading.Event()
-
-        @registry.asynchronous
-        def work(task_id, input):
-            for number in range(5000):
-                csp.set_progress(task_id, number / 10_000, f"step {number}")
-            half.set()
-            assert gate.wait(PATIENCE_SECONDS)
-
-        running = start(registry)
-        commits = []
-        publish = running.service.store._publish
-        running.service.store._publish = lambda transaction: (commits.append(1), publish(transaction))
-        job = running.client.submit("work")
-        assert half.wait(PATIENCE_SECONDS)
-        eventually(lambda: running.client.show(job)["progress"] == {"fraction": 0.4999, "message": "step 4999"})
-        assert len(commits) < 50
-        gate.set()
-        assert running.client.finish(job)["progress"]["message"] == "step 4999"
-
-
 def lambda_named(name, function):
     """Return the function under another name, as a job type's."""
 
@@ -4226,18 +3946,19 @@ class TestCrash:
             assert ended.get(job_id, (data, job["finished_timestamp"])) == (data, job["finished_timestamp"])
         assert len(acknowledged) > 500 and ended and not refused
 
-    def test_a_job_that_kills_the_process_is_tried_three_times_and_the_others_run(self, launch, receiver):
+    def test_a_job_that_kills_the_process_is_tried_three_times_and_the_others_run(self, launch, receiver, tmp_path):
         server = launch(CRASH_MODULE, "--workers", 2)
-        fatal = server.client.submit("die", result_url=receiver.url)
-        others = []
-        for _ in range(3):
-            with contextlib.suppress(OSError, http.client.HTTPException, AssertionError):
-                others.append(server.client.submit("work", "x"))
-            server.process.wait(PATIENCE_SECONDS)
-            server = launch(CRASH_MODULE, "--workers", 2)
-        ended = server.client.finish(fatal)
+        others = [server.client.submit("work", number) for number in range(20)]
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it may die before it has answered
+            server.client.submit("die", job_id="fatal", result_url=receiver.url)
+        assert server.process.wait(PATIENCE_SECONDS) == 3
+        for _ in range(2):
+            again = run_command("--jobs", "my_jobs", "--db", "jobs.db", "--port", 0, cwd=tmp_path)
+            assert again.returncode == 3
+        client = launch(CRASH_MODULE, "--workers", 2).client
+        ended = eventually(lambda: client.get("/job/fatal", key=SECURE_KEY).json)
         assert (ended["status"], ended["attempts"]) == ("error", 3) and "attempt 3 of 3" in ended["error"]["message"]
-        assert all(server.client.finish(job)["status"] == "complete" for job in others)
+        assert [client.finish(job)["data"] for job in others] == list(range(20))
         assert receiver.wait()[0][1]["status"] == "error"
 
     def test_a_job_past_its_grace_is_left_for_the_next_start_and_the_exit_is_clean(self, launch):
@@ -4313,6 +4034,1300 @@ class TestSickDisk:
         assert all(client.finish(job)["status"] == "complete" for job in jobs)
         assert server.terminate() == 0
         assert query(tmp_path / "jobs.db", "PRAGMA integrity_check") == [("ok",)]
+
+
+def rows_of(path, statement, *values):
+    """Run the statement on a database file by SQLite itself, without csp.py; return the rows."""
+    with contextlib.closing(sqlite3.connect(str(path))) as connection, connection:
+        return connection.execute(statement, values).fetchall()
+
+
+def epoch_of(text):
+    """Return a job's timestamp as epoch seconds."""
+    return time.mktime(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S")) + float(text[19:])
+
+
+def in_threads(count, function):
+    """Call ``function(0)`` to ``function(count - 1)`` at the same time, each in a thread; fail if one fails."""
+    done = []
+
+    def call(number):
+        function(number)
+        done.append(number)
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == list(range(count))
+
+
+class Gate:
+    """Job types that the test holds: a ``wait`` job says in ``begun`` that it runs and goes on when ``open`` is set;
+    ``obedient`` also ends when it is told to stop; ``order`` holds the data of those that ended by themselves."""
+
+    def __init__(self):
+        self.registry, self.begun, self.open = csp.Registry(), queue.Queue(), threading.Event()
+        self.order, self.stopped = [], []
+
+        @self.registry.asynchronous
+        def wait(task_id, input):
+            self.begun.put(task_id)
+            assert self.open.wait(PATIENCE_SECONDS)
+            self.order.append(input.get("data"))
+            return input.get("data")
+
+        @self.registry.asynchronous
+        def obedient(task_id, input):
+            self.begun.put(task_id)
+            while not self.open.wait(0.01):
+                try:
+                    csp.util.check_cancelled(task_id)
+                except csp.JobCancelled:
+                    self.stopped.append(task_id)
+                    raise
+            return input.get("data")
+
+        @self.registry.asynchronous
+        def quick(task_id, input):
+            self.order.append(input.get("data"))
+            return input.get("data")
+
+        @self.registry.asynchronous
+        def fail(task_id, input):
+            raise csp.JobError("it failed")
+
+    def wait_for(self, job):
+        """Return when the job runs."""
+        while self.begun.get(timeout=PATIENCE_SECONDS) != job["job_id"]:
+            pass
+
+
+@pytest.fixture
+def gate(start):
+    """A Gate, opened at the end, before the services stop."""
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+@pytest.fixture
+def hung_url(start):
+    """The address of a receiver that accepts connections and never answers."""
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0), backlog=128)) as listener:
+        yield "http://127.0.0.1:%d/hung" % listener.getsockname()[1]
+
+
+@pytest.fixture
+def dead_url():
+    """An address that refuses connections, and is nobody else's while the test runs."""
+    with contextlib.closing(socket.socket()) as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        yield "http://127.0.0.1:%d/dead" % reserved.getsockname()[1]
+
+
+POST_FAILED = {"message": "Process completed but unable to post to result_url"}
+
+
+def callback_of(client, job, timeout_seconds=10.0, **wanted):
+    """Return the job once its ``callback`` has the wanted fields."""
+
+    def reached():
+        shown = client.show(job)
+        return shown["callback"] and wanted.items() <= shown["callback"].items() and shown
+
+    return eventually(reached, timeout_seconds)
+
+
+class TestCallbackTrouble:
+    """CONTRACT, section 5."""
+
+    def test_the_signature_is_the_one_that_the_specification_shows(self):
+        headers = csp.sign_callback(
+            "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw",
+            "msg_p5jXN8AQM9LWM0D4loKWxJek",
+            1614265330,
+            b'{"test": 2432232314}',
+        )
+        assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+    @pytest.mark.parametrize("job_id", ["signed", "a.b", "\xfcml\xe4ut", "\u4f5c\u696d", "x y"])
+    def test_what_is_sent_is_signed_whatever_the_job_is_called(self, start, receiver, job_id):
+        client = start(CALLBACK_SECRET="whsec_" + base64.b64encode(b"k" * 24).decode("ascii")).client
+        job = client.submit("async_echo", "hi", job_id, result_url=receiver.url)
+        callback_of(client, job, status="delivered")
+        headers = receiver.received[0][0]
+        assert headers["webhook-id"] and abs(int(headers["webhook-timestamp"]) - time.time()) < 60
+        assert re.fullmatch("v1,[A-Za-z0-9+/]{43}=", headers["webhook-signature"])
+
+    def test_a_retry_has_the_same_webhook_id(self, start, receiver, monkeypatch):
+        monkeypatch.setattr(csp, "RETRY_SECONDS", (0.05,) * 5)
+        receiver.answers = lambda number: (200 if number else 500, {})
+        start(CALLBACK_SECRET="text").client.submit("async_echo", "hi", result_url=receiver.url)
+        assert len({headers["webhook-id"] for headers, _ in receiver.wait(2)}) == 1
+
+    @pytest.mark.parametrize(
+        "retry_after, least, most",
+        [
+            ("120", 119, 125),
+            (lambda: email.utils.formatdate(time.time() + 300, usegmt=True), 298, 310),
+            ("99999999", 30_000, 10**8),
+            ("soon", 1, 3),
+            ("-5", 1, 3),
+            ("", 1, 3),
+            ("1e9", 1, 3),
+            ("Fri, 31 Dec 1999 23:59:59 GMT", 1, 3),
+            ("Fri, 31 Dec 99999 23:59:59 GMT", 1, 10**8),
+            ("Fri, 99 Dec 2099 99:99:99 GMT", 1, 10**8),
+            ("Fri, 31 Dec 99999999999999 23:59:59 +9999", 1, 10**8),
+        ],
+        ids=["seconds", "date", "years", "word", "negative", "empty", "float", "past", "year 99999", "no date", "huge"],
+    )
+    def test_retry_after_is_honoured_where_it_makes_sense(self, client, receiver, retry_after, least, most):
+        value = retry_after if isinstance(retry_after, str) else retry_after()
+        receiver.answers = lambda number: (503, {"Retry-After": value})
+        job = client.submit("async_echo", "hi", result_url=receiver.url)
+        callback = callback_of(client, job, status="pending", attempts=1)["callback"]
+        assert least - 0.5 <= epoch_of(callback["next_attempt_timestamp"]) - time.time() <= most
+
+    def test_twenty_hung_receivers_do_not_delay_others(self, start, receiver):
+        client = start().client
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=16))
+                for number in range(5):
+                    client.submit(
+                        "async_echo", str(number), result_url="http://127.0.0.1:%d/" % listener.getsockname()[1]
+                    )
+            client.submit("async_echo", "hi", result_url=receiver.url)
+            eventually(lambda: receiver.received, 5.0)
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            b"",
+            b"garbage\r\n\r\n",
+            b"HTTP/1.1 abc OK\r\n\r\n",
+            b"\x00" * 100_000,
+            b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        ],
+        ids=["nothing", "garbage", "no status", "zeros", "many fields"],
+    )
+    def test_a_receiver_that_does_not_speak_http_is_tried_again(self, client, answer):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def reply():
+                connection, _ = listener.accept()
+                with contextlib.closing(connection), contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+            thread = threading.Thread(target=reply)
+            thread.start()
+            job = client.submit("async_echo", "hi", result_url="http://127.0.0.1:%d/" % listener.getsockname()[1])
+            assert callback_of(client, job, status="pending", attempts=1)["callback"]["error"]
+            thread.join()
+
+    def test_an_endless_answer_is_read_a_little_and_no_more(self, client):
+        sent = []
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def answer():
+                connection, _ = listener.accept()
+                with contextlib.closing(connection), contextlib.suppress(OSError):
+                    connection.recv(65536)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+                    while sum(sent) < 2**30:
+                        sent.append(connection.send(bytes(65536)))
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            job = client.submit("async_echo", "hi", result_url="http://127.0.0.1:%d/" % listener.getsockname()[1])
+            callback_of(client, job, status="delivered")
+            thread.join()
+        assert sum(sent) < 2**26  # what the system's buffers hold, not what was to come
+
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_a_redirect_is_not_followed_so_the_key_does_not_leak(self, client, receiver, status):
+        elsewhere = Receiver()
+        try:
+            receiver.answers = lambda number: (status, {"Location": elsewhere.url})
+            job = client.submit("async_echo", "hi", result_url=receiver.url)
+            shown = callback_of(client, job, status="pending", attempts=1)
+            assert str(status) in shown["callback"]["error"] and shown["error"] == POST_FAILED
+            assert not elsewhere.received
+        finally:
+            elsewhere.stop()
+
+    def test_the_api_key_is_kept_as_long_as_the_callback_needs_it(self, service, dead_url):
+        job = service.client.submit("async_echo", "hi", api_key="still needed", result_url=dead_url)
+        assert callback_of(service.client, job, status="pending", attempts=1)["error"] == POST_FAILED
+        assert rows_of(service.path, "SELECT api_key FROM jobs") == [("still needed",)]
+
+
+class KeepAlive:
+    """A client with one connection, for many requests of one thread."""
+
+    def __init__(self, client):
+        self._connection = http.client.HTTPConnection(client.host, client.port, timeout=PATIENCE_SECONDS)
+
+    def submit(self, body):
+        """Submit; return status and answer."""
+        self._connection.request("POST", "/job", json.dumps(body), {"Content-Type": "application/json"})
+        response = self._connection.getresponse()
+        return response.status, json.loads(response.read().decode("utf-8"))
+
+    def close(self):
+        self._connection.close()
+
+
+def pending_count(client):
+    return client.get("/status").json["stats"]["pending"]
+
+
+def wait_until_done(client):
+    eventually(lambda: pending_count(client) == 0)
+
+
+class TestRunner:
+    """Jobs run, each to its end, whatever they do."""
+
+    def test_two_thousand_jobs_from_sixteen_threads_all_end_with_their_callbacks(self, start, receiver):
+        client = start().client
+        answers = [[] for _ in range(16)]
+
+        def submit(number):
+            connection = KeepAlive(client)
+            for count in range(125):
+                answers[number].append(
+                    connection.submit(
+                        {
+                            "job_type": "async_echo",
+                            "api_key": "k",
+                            "data": f"{number}-{count}",
+                            "result_url": receiver.url,
+                        }
+                    )
+                )
+            connection.close()
+
+        in_threads(16, submit)
+        assert {status for part in answers for status, _ in part} == {200}
+        wanted = {job["job_id"]: ">" + job["sent_data"] for part in answers for _, job in part}
+        assert len(wanted) == 2000
+        wait_until_done(client)
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 2000, "error": 0}
+        eventually(lambda: len({body["job_id"] for _, body in list(receiver.received)}) == 2000)
+        assert {body["job_id"]: body["data"] for _, body in receiver.received} == wanted
+
+    def test_a_burst_waits_on_disk_and_runs_in_order(self, start, gate):
+        running = start(gate.registry, WORKERS=1)
+        client = running.client
+        first = client.submit("wait", -1)
+        gate.wait_for(first)
+        threads = threading.active_count()
+        connection = KeepAlive(client)
+        for number in range(300):
+            assert connection.submit({"job_type": "quick", "api_key": "k", "data": number})[0] == 200
+        connection.close()
+        assert rows_of(running.path, "SELECT count(*) FROM jobs WHERE run_at IS NOT NULL") == [(300,)]
+        assert threading.active_count() <= threads + 2
+        gate.open.set()
+        wait_until_done(client)
+        assert gate.order == list(range(-1, 300))
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 301, "error": 0}
+
+    def test_never_more_than_workers_run_at_a_time(self, start):
+        registry, barrier, lock = csp.Registry(), threading.Barrier(3), threading.Lock()
+        now, most = [0], []
+
+        @registry.asynchronous
+        def meet(task_id, input):
+            with lock:
+                now[0] += 1
+                most.append(now[0])
+            barrier.wait(PATIENCE_SECONDS)
+            with lock:
+                now[0] -= 1
+
+        client = start(registry, WORKERS=3).client
+        for _ in range(30):
+            client.submit("meet")
+        wait_until_done(client)
+        assert client.get("/status").json["stats"]["complete"] == 30 and max(most) == 3
+
+    def test_sixty_jobs_that_wait_on_sixty_workers_run_together(self, start):
+        registry, barrier = csp.Registry(), threading.Barrier(60)
+
+        @registry.asynchronous
+        def meet(task_id, input):
+            return barrier.wait(PATIENCE_SECONDS) >= 0
+
+        client = start(registry, WORKERS=60).client
+        jobs = [client.submit("meet") for _ in range(60)]
+        assert [client.finish(job)["data"] for job in jobs] == [True] * 60
+
+    def test_an_exception_is_retried_with_back_off_and_a_job_error_is_not(self, start, receiver, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.2, 0.3))
+        registry, begun = csp.Registry(), {}
+
+        @registry.asynchronous(retries=3)
+        def flaky(task_id, input):
+            times = begun.setdefault(task_id, [])
+            times.append(time.monotonic())
+            if len(times) <= input["data"]:
+                raise RuntimeError(f"failure {len(times)}")
+            return len(times)
+
+        @registry.asynchronous(retries=3)
+        def verdict(task_id, input):
+            begun.setdefault(task_id, []).append(time.monotonic())
+            raise csp.JobError("no")
+
+        client = start(registry).client
+        jobs = [client.submit("flaky", count, result_url=receiver.url) for count in (0, 2, 3, 9)]
+        jobs.append(client.submit("verdict", result_url=receiver.url))
+        ended = [client.finish(job) for job in jobs]
+        assert [(job["status"], job["data"], job["attempts"]) for job in ended] == [
+            ("complete", 1, 1),
+            ("complete", 3, 3),
+            ("complete", 4, 4),
+            ("error", None, 4),
+            ("error", None, 1),
+        ]
+        assert [len(begun[job["job_id"]]) for job in jobs] == [1, 3, 4, 4, 1]
+        assert ended[3]["error"]["message"] == "RuntimeError: failure 4" and ended[4]["error"] == {"message": "no"}
+        for times in begun.values():
+            assert all(0.2 <= later - earlier for earlier, later in zip(times, times[1:]))
+        assert "failure 1" in ended[1]["logs"][0]["message"]
+        receiver.wait(5)
+        assert sorted(body["job_id"] for _, body in receiver.received) == sorted(job["job_id"] for job in jobs)
+
+    def test_a_retry_waits_on_disk_and_not_in_a_worker(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (60.0, 60.0))
+        registry = csp.Registry()
+
+        @registry.asynchronous(retries=1)
+        def fail(task_id, input):
+            raise ValueError("no")
+
+        @registry.asynchronous
+        def quick(task_id, input):
+            return "done"
+
+        running = start(registry, WORKERS=1)
+        failing = running.client.submit("fail")
+        assert running.client.finish(running.client.submit("quick"))["data"] == "done"
+        eventually(
+            lambda: rows_of(
+                running.path,
+                "SELECT run_at FROM jobs WHERE job_id = ? AND run_at > ?",
+                failing["job_id"],
+                time.time() + 30,
+            )
+        )
+        assert running.client.show(failing)["status"] == "pending"
+        assert running.client.post(f"/job/{failing['job_id']}/cancel", key=failing["job_key"]).status == 200
+        assert running.client.show(failing)["error"] == {"message": "cancelled"}
+
+    def test_a_timeout_ends_the_job_frees_its_place_and_drops_its_late_result(self, start, receiver):
+        registry, release, flags, ended = csp.Registry(), threading.Event(), [], queue.Queue()
+
+        @registry.asynchronous(timeout=0.3)
+        def stuck(task_id, input):
+            assert release.wait(PATIENCE_SECONDS)
+            with pytest.raises(csp.JobCancelled):
+                csp.util.check_cancelled(task_id)
+            flags.append(task_id)
+            csp.util.set_progress(task_id, 1.0)
+            ended.put(task_id)
+            return "late"
+
+        @registry.asynchronous
+        def quick(task_id, input):
+            return "done"
+
+        running = start(registry, WORKERS=1)
+        client = running.client
+        jobs = [client.submit("stuck", result_url=receiver.url) for _ in range(3)]
+        assert client.finish(client.submit("quick"), 10.0)["data"] == "done"
+        before = [client.finish(job) for job in jobs]
+        for job in before:
+            assert (job["status"], job["data"]) == ("error", None) and "0.3 seconds" in job["error"]["message"]
+            assert 0.25 < epoch_of(job["finished_timestamp"]) - epoch_of(job["started_timestamp"]) < 5.0
+        receiver.wait(3)
+        before = [callback_of(client, job, status="delivered") for job in jobs]
+        release.set()
+        assert {ended.get(timeout=PATIENCE_SECONDS) for _ in jobs} == {job["job_id"] for job in jobs}
+        assert client.finish(client.submit("quick"))["data"] == "done"
+        assert [client.show(job) for job in jobs] == before and len(receiver.received) == 3 and len(flags) == 3
+
+    def test_a_job_in_time_is_not_touched_by_its_timeout(self, start):
+        registry = csp.Registry()
+        registry.asynchronous(timeout=0.2)(named_like("quick", lambda task_id, input: "in time"))
+        client = start(registry).client
+        assert client.finish(client.submit("quick"))["data"] == "in time"
+
+    def test_a_synchronous_timeout_answers_in_time(self, start):
+        registry, release = csp.Registry(), threading.Event()
+
+        @registry.synchronous(timeout=0.3)
+        def stuck(task_id, input):
+            assert release.wait(PATIENCE_SECONDS)
+            return "late"
+
+        job = start(registry).client.submit("stuck")
+        release.set()
+        assert job["status"] == "error" and "0.3 seconds" in job["error"]["message"]
+
+    @pytest.mark.parametrize("state", ["queued", "running", "complete", "error", "cancelled", "unknown"])
+    def test_cancel_in_every_state(self, start, gate, receiver, state):
+        client = start(gate.registry, WORKERS=1).client
+        if state == "unknown":
+            assert client.post("/job/nobody/cancel", key=ADMIN).status == 404
+            return
+        blocker = client.submit("wait", "blocker") if state in ("queued", "cancelled") else None
+        job = client.submit({"running": "obedient", "error": "fail"}.get(state, "quick"), "x", result_url=receiver.url)
+        path, key = f"/job/{job['job_id']}/cancel", job["job_key"]
+        assert client.post(path).status == 403 and client.post(path, key="wrong").status == 403
+        if state == "running":
+            gate.wait_for(job)
+        elif state == "cancelled":
+            assert client.post(path, key=key).status == 200
+        elif state != "queued":
+            client.finish(job)
+        answer = client.post(path, key=key)
+        if state in ("complete", "error", "cancelled"):
+            before = client.show(job)
+            assert answer.status == 409 and "finished" in answer.error and before["status"] != "pending"
+        else:
+            assert answer.status == 200 and answer.json["job_id"] == job["job_id"]
+            ended = client.finish(job)
+            assert (ended["status"], ended["data"], ended["error"]) == ("error", None, {"message": "cancelled"})
+        if state == "running":
+            assert gate.stopped == [job["job_id"]]
+        gate.open.set()
+        if blocker:
+            client.finish(blocker)
+        wait_until_done(client)
+        assert len(receiver.wait()) == 1 and receiver.received[0][1]["status"] in ("complete", "error")
+        assert gate.order.count("x") == (state == "complete")
+
+    def test_a_running_job_that_does_not_listen_completes_all_the_same(self, start, gate):
+        client = start(gate.registry).client
+        job = client.submit("wait", "x")
+        gate.wait_for(job)
+        assert client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).json["status"] == "pending"
+        gate.open.set()
+        ended = client.finish(job)
+        assert (ended["status"], ended["data"], ended["error"]) == ("complete", "x", None)
+
+    @pytest.mark.parametrize("listens", [True, False], ids=["obedient", "deaf"])
+    def test_a_race_between_cancel_and_completion_has_one_winner(self, start, receiver, listens):
+        registry, ended = csp.Registry(), {}
+
+        @registry.asynchronous
+        def short(task_id, input):
+            for _ in range(input["data"]):
+                if listens:
+                    csp.util.check_cancelled(task_id)
+            ended[task_id] = True
+            return "ran"
+
+        client = start(registry, WORKERS=4).client
+        jobs, statuses = {}, {}
+
+        def race(number):
+            for count in range(20):
+                job = client.submit(
+                    "short", random.Random(number * 20 + count).randrange(3000), result_url=receiver.url
+                )
+                jobs[job["job_id"]] = job
+                answer = client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+                statuses[job["job_id"]] = answer.status
+
+        in_threads(4, race)
+        wait_until_done(client)
+        assert set(statuses.values()) <= {200, 409}
+        shown = {job_id: client.finish(job) for job_id, job in jobs.items()}
+        eventually(lambda: len({body["job_id"] for _, body in list(receiver.received)}) == 80)
+        assert len(receiver.received) == 80
+        for _, body in receiver.received:
+            job = shown[body["job_id"]]
+            outcome = (job["status"], job["data"], job["error"])
+            assert outcome in (("complete", "ran", None), ("error", None, {"message": "cancelled"}))
+            assert outcome == (body["status"], body["data"], body["error"])
+            assert statuses[body["job_id"]] == 200 or outcome[0] == "complete"
+            assert outcome[0] == "error" or ended[body["job_id"]]
+            assert job["attempts"] or body["job_id"] not in ended
+
+    @pytest.mark.parametrize("state", ["queued", "running", "deaf", "complete", "error"])
+    def test_delete_in_every_state(self, start, gate, receiver, state):
+        running = start(gate.registry, WORKERS=1)
+        client = running.client
+        blocker = client.submit("wait", "blocker") if state == "queued" else None
+        job_type = {"running": "obedient", "deaf": "wait", "error": "fail"}.get(state, "quick")
+        job = client.submit(job_type, "x", result_url=receiver.url, metadata={"a": "b"})
+        if state in ("running", "deaf"):
+            gate.wait_for(job)
+        elif state != "queued":
+            client.finish(job)
+            receiver.wait()
+        answer = client.delete(f"/job/{job['job_id']}", key=job["job_key"])
+        assert (answer.status, answer.json) == (200, {"success": True})
+        assert client.get(f"/job/{job['job_id']}", key=ADMIN).status == 404
+        assert client.delete(f"/job/{job['job_id']}", key=ADMIN).status == 404
+        if state == "running":
+            eventually(lambda: gate.stopped == [job["job_id"]])
+        gate.open.set()
+        if blocker:
+            client.finish(blocker)
+        last = client.submit("quick", "last")
+        client.finish(last)
+        assert gate.order.count("x") == (state in ("deaf", "complete"))
+        assert client.get(f"/job/{job['job_id']}", key=ADMIN).status == 404
+        assert len(receiver.received) == (state in ("complete", "error"))
+        assert rows_of(running.path, "SELECT count(*) FROM metadata") == [(0,)]
+        assert sum(client.get("/status").json["stats"].values()) == (2 if blocker else 1)
+
+    @pytest.mark.parametrize(
+        "state, has_key",
+        [("queued", True), ("running", True), ("complete", False), ("error", False), ("cancelled", False)],
+    )
+    def test_resubmit_of_every_status(self, start, gate, receiver, state, has_key):
+        client = start(gate.registry, WORKERS=1).client
+        blocker = client.submit("wait", "blocker") if state in ("queued", "cancelled") else None
+        job_type = {"running": "wait", "error": "fail"}.get(state, "quick")
+        job = client.submit(
+            job_type, {"x": [1, None]}, result_url=receiver.url, metadata={"a": "b", "n": 1}, api_key="first-key"
+        )
+        path, key = f"/job/{job['job_id']}/resubmit", job["job_key"]
+        if state == "running":
+            gate.wait_for(job)
+        elif state == "cancelled":
+            client.post(f"/job/{job['job_id']}/cancel", key=key)
+        if state not in ("queued", "running"):
+            callback_of(client, job, status="delivered")
+        assert client.post(path, {"api_key": "k"}).status == 403
+        without = client.post(path, key=key)
+        assert without.status == (200 if has_key else 409)
+        assert has_key or without.error == "Please provide your API key."
+        for body in ({"api_key": "a\nb"}, {"api_key": "k", "data": 1}, {"api_key": ["k"]}, {"api_key": ""}):
+            assert client.post(path, body, key=key).status == 409
+        answer = client.post(path, {"api_key": "second-key"}, key=key)
+        again = answer.json
+        assert answer.status == 200 and again["resubmitted_from"] == job["job_id"]
+        assert again["job_id"] != job["job_id"] and again["job_key"] != key
+        for name in ("job_type", "sent_data", "metadata", "result_url"):
+            assert again[name] == job[name]
+        gate.open.set()
+        if blocker:
+            client.finish(blocker)
+        assert client.finish(again)["status"] == ("error" if state == "error" else "complete")
+        eventually(
+            lambda: [
+                headers
+                for headers, body in receiver.received
+                if body["job_id"] == again["job_id"] and headers["Authorization"] == "second-key"
+            ]
+        )
+        assert client.show(job)["resubmitted_from"] is None
+
+    def test_a_synchronous_job_is_resubmitted_like_it_was_submitted(self, client):
+        job = client.submit("echo", "hi")
+        again = client.post(f"/job/{job['job_id']}/resubmit", {"api_key": "k"}, key=job["job_key"]).json
+        assert (again["status"], again["data"], again["resubmitted_from"]) == ("complete", ">hi", job["job_id"])
+
+    def test_resubmitting_what_is_not_there_is_a_404(self, client):
+        assert client.post("/job/nobody/resubmit", {"api_key": "k"}, key=ADMIN).status == 404
+
+    def test_a_job_type_that_is_gone_is_an_error_that_says_so(self, start, gate, receiver):
+        first = start(gate.registry, WORKERS=1)
+        blocker = first.client.submit("wait", "blocker")
+        gate.wait_for(blocker)
+        jobs = [first.client.submit("quick", number, result_url=receiver.url) for number in range(3)]
+        first.stop(0.0)
+        gate.open.set()
+        client = start().client
+        for job in jobs:
+            ended = client.finish(job)
+            assert ended["status"] == "error" and ended["error"]["message"] == (
+                "Job type quick not available. Available job types are async_echo, echo"
+            )
+        assert {body["job_id"] for _, body in receiver.wait(3)} == {job["job_id"] for job in jobs}
+        assert client.finish(client.submit("async_echo", "hi"))["data"] == ">hi"
+
+    def test_sys_exit_in_a_job_ends_the_job_only(self, start):
+        registry = csp.Registry()
+
+        @registry.asynchronous
+        def leave(task_id, input):
+            sys.exit(input["data"])
+
+        @registry.asynchronous
+        def interrupt(task_id, input):
+            raise KeyboardInterrupt
+
+        client = start(registry, WORKERS=1).client
+        ended = [client.finish(client.submit(job_type, "bye")) for job_type in ("leave", "interrupt", "leave")]
+        assert [job["status"] for job in ended] == ["error"] * 3
+        assert [job["error"]["message"] for job in ended] == ["SystemExit: bye", "KeyboardInterrupt", "SystemExit: bye"]
+
+    def test_progress_shows_while_the_job_runs_without_a_commit_each(self, start):
+        registry, release, begun = csp.Registry(), threading.Event(), threading.Event()
+
+        @registry.asynchronous
+        def work(task_id, input):
+            for number in range(2000):
+                csp.util.set_progress(task_id, number / 2000, f"row {number}")
+            begun.set()
+            assert release.wait(PATIENCE_SECONDS)
+            csp.util.set_progress(task_id, 1, "all")
+
+        running = start(registry)
+        job = running.client.submit("work")
+        assert begun.wait(PATIENCE_SECONDS)
+        eventually(lambda: running.client.show(job)["progress"] == {"fraction": 0.9995, "message": "row 1999"})
+        assert running.client.show(job)["status"] == "pending"
+        assert os.path.getsize(str(running.path) + "-wal") < 200 * 4096  # a commit writes at least one page of 4 kB
+        release.set()
+        assert running.client.finish(job)["progress"] == {"fraction": 1.0, "message": "all"}
+
+    def test_stopping_lets_running_jobs_finish_and_leaves_the_queued_on_disk(self, start, gate, receiver):
+        first = start(gate.registry, WORKERS=2)
+        running = [first.client.submit("wait", number, result_url=receiver.url) for number in range(2)]
+        queued = [first.client.submit("quick", number, result_url=receiver.url) for number in range(2, 5)]
+        assert {gate.begun.get(timeout=PATIENCE_SECONDS) for _ in running} == {job["job_id"] for job in running}
+        stopping = threading.Thread(target=first.stop)
+        stopping.start()
+        eventually(lambda: first.service.runner._is_stopping)
+        gate.open.set()
+        stopping.join()
+        assert (
+            rows_of(first.path, "SELECT status, run_at IS NULL FROM jobs ORDER BY seq")
+            == [("complete", 1)] * 2 + [("pending", 0)] * 3
+        )
+        client = start(gate.registry).client
+        for number, job in enumerate(running + queued):
+            ended = client.finish(job)
+            assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", number, 1)
+        assert gate.order[2:] == [2, 3, 4]
+        receiver.wait(5)
+
+    @pytest.mark.parametrize(
+        "change, type_options, message",
+        [
+            ("attempts = 1", {}, None),
+            ("attempts = 2", {}, None),
+            ("attempts = 3", {}, "stopped"),
+            ("attempts = 3", {"retries": 4}, None),
+            ("attempts = 5", {"retries": 4}, "stopped"),
+            ("attempts = 1", {"at_most_once": True}, "stopped"),
+            ("synchronous = 1", {}, "stopped"),
+            ("cancelled = 1", {}, "cancelled"),
+        ],
+        ids=["first", "second", "third", "third of five", "fifth of five", "at most once", "synchronous", "cancelled"],
+    )
+    def test_what_was_running_at_a_crash_runs_again_or_ends_with_a_reason(
+        self, start, gate, receiver, change, type_options, message
+    ):
+        first = start(gate.registry)
+        job = first.client.submit("wait", "x", result_url=receiver.url, api_key="kept")
+        gate.wait_for(job)
+        first.stop(0.0)
+        gate.open.set()
+        assert rows_of(first.path, "SELECT status, run_at FROM jobs") == [("pending", csp.AFTER_STOP)]
+        rows_of(first.path, f"UPDATE jobs SET run_at = NULL, {change}")  # as a crash would have left it
+        attempts = rows_of(first.path, "SELECT attempts FROM jobs")[0][0]
+        registry = csp.Registry()
+        registry.asynchronous(**type_options)(named_like("wait", lambda task_id, input: "again"))
+        client = start(registry).client
+        ended = client.finish(job)
+        if message is None:
+            assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", "again", attempts + 1)
+        else:
+            assert ended["status"] == "error" and message in ended["error"]["message"]
+            assert ended["attempts"] == attempts
+        headers, body = receiver.wait()[0]
+        assert headers["Authorization"] == "kept" and body["status"] == ended["status"]
+        assert body["job_key"] == job["job_key"] and client.get("/status").json["stats"]["pending"] == 0
+
+    @pytest.mark.parametrize("is_synchronous", [False, True], ids=["at most once", "synchronous"])
+    def test_what_may_not_run_again_ends_as_an_error_when_the_service_stops_without_it(
+        self, start, gate, is_synchronous
+    ):
+        registry = csp.Registry()
+        if is_synchronous:
+            registry.synchronous(named_like("wait", gate.registry.get("wait").function))
+        else:
+            registry.asynchronous(named_like("wait", gate.registry.get("wait").function), at_most_once=True)
+        first = start(registry)
+        body = {"job_type": "wait", "api_key": "k", "data": "x"}
+        client = threading.Thread(target=lambda: first.client.post("/job/once", body))
+        client.start()
+        gate.wait_for({"job_id": "once"})
+        first.stop(0.0)
+        gate.open.set()
+        client.join()
+        ended = start(registry).client.get("/job/once", key=SECURE_KEY).json
+        assert ended["status"] == "error" and "not of a kind that is run again" in ended["error"]["message"]
+
+    def test_a_suspect_of_two_crashes_runs_alone(self, start, gate):
+        first = start(gate.registry, WORKERS=4)
+        jobs = [first.client.submit("wait", number) for number in range(3)]
+        for job in jobs:
+            gate.wait_for(job)
+        first.stop(0.0)
+        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2 WHERE job_id = ?", jobs[1]["job_id"])
+        second = start(gate.registry, WORKERS=4)
+        eventually(lambda: second.client.show(jobs[1])["attempts"] == 3)
+        assert [job.job_id for job in second.service.store.list_running()] == [jobs[1]["job_id"]]
+        gate.open.set()
+        assert [second.client.finish(job)["data"] for job in jobs] == [0, 1, 2]
+
+    def test_above_max_pending_a_submission_is_answered_503(self, start, gate):
+        client = start(gate.registry, WORKERS=1, MAX_PENDING=3).client
+        jobs = [client.submit("wait", number) for number in range(3)]
+        answer = client.post("/job", {"job_type": "quick", "api_key": "k"})
+        assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and isinstance(answer.error, str)
+        assert pending_count(client) == 3
+        gate.open.set()
+        for job in jobs:
+            client.finish(job)
+        assert client.submit("quick", "x")["job_id"]
+
+    def test_auto_clear_deletes_old_finished_jobs_at_the_start(self, start, receiver):
+        receiver.answers = lambda number: (500, {})
+        first = start()
+        jobs = [first.client.submit("async_echo", str(number)) for number in range(3)]
+        jobs.append(first.client.submit("async_echo", "due", result_url=receiver.url))
+        for job in jobs:
+            first.client.finish(job)
+        receiver.wait()
+        first.stop()
+        for job, days in zip(jobs, (9, 11, 400, 400)):
+            rows_of(
+                first.path,
+                "UPDATE jobs SET finished_timestamp = ? WHERE job_id = ?",
+                time.strftime("%Y-%m-%dT%H:%M:%S.000000", time.localtime(time.time() - days * 86_400)),
+                job["job_id"],
+            )
+        client = start(AUTO_CLEAR=True).client
+        eventually(lambda: client.get("/status").json["stats"]["complete"] == 2)
+        assert [client.get(f"/job/{job['job_id']}", key=ADMIN).status for job in jobs] == [200, 404, 404, 200]
+
+    def test_without_auto_clear_nothing_is_deleted(self, start):
+        first = start()
+        job = first.client.submit("echo", "hi")
+        first.stop()
+        rows_of(first.path, "UPDATE jobs SET finished_timestamp = '2001-01-01T00:00:00.000000'")
+        assert start().client.show(job)["data"] == ">hi"
+
+
+def named_like(name, function):
+    function.__name__ = name
+    return function
+
+
+STUBBORN_MODULE = """
+    import os, sys, threading
+    import csp
+    import csp.job as job
+
+    csp.BUSY_SECONDS = 0.2
+    csp.BACKOFF_SECONDS = (0.2, 0.2)
+
+    @job.asynchronous(timeout=0.2)
+    def stuck(task_id, input):
+        threading.Event().wait(120)
+
+    @job.asynchronous
+    def threads(task_id, input):
+        threading.Thread(target=threading.Event().wait, args=(120,)).start()
+        return "done"
+
+    @job.synchronous(timeout=0.2)
+    def stuck_in_the_request(task_id, input):
+        threading.Event().wait(120)
+
+    @job.asynchronous
+    def quick(task_id, input):
+        return input.get("data")
+
+    @job.asynchronous(retries=3)
+    def flaky(task_id, input):
+        while not os.path.exists(input["data"]):
+            threading.Event().wait(0.01)
+        if not os.path.exists(input["data"] + ".failed"):
+            open(input["data"] + ".failed", "w").close()
+            raise ValueError("once")
+        return "at last"
+    """
+
+
+@contextlib.contextmanager
+def locked_by_another_process(path):
+    """Hold SQLite's write lock from a process of its own."""
+    source = (
+        "import sqlite3, sys\nconnection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)\n"
+        "connection.execute('BEGIN IMMEDIATE')\nprint('locked', flush=True)\nsys.stdin.read()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", source, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline().strip() == b"locked"
+        yield
+    finally:
+        process.stdin.close()
+        process.wait(PATIENCE_SECONDS)
+        process.stdout.close()
+
+
+class TestStopping:
+    """SIGTERM ends the process within the grace period and five seconds, with 0, whatever jobs have left behind."""
+
+    @pytest.mark.parametrize("job_type", ["stuck", "threads", "stuck_in_the_request"])
+    def test_what_a_job_left_behind_does_not_keep_the_process(self, launch, job_type):
+        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "1"})
+        server.client.finish(server.client.submit(job_type))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(6.0) == 0
+
+    def test_a_hung_receiver_does_not_keep_the_process(self, launch, hung_url):
+        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "1"})
+        server.client.finish(server.client.submit("quick", result_url=hung_url))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(6.0) == 0
+
+    def test_idle_and_half_sent_connections_do_not_keep_the_process(self, launch):
+        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "1"})
+        with contextlib.ExitStack() as stack:
+            for data in (b"", b"GET / HT", b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{"):
+                connection = stack.enter_context(socket.create_connection((server.client.host, server.client.port)))
+                connection.sendall(data)
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(6.0) == 0
+
+    def test_a_lone_job_past_its_timeout_ends_without_any_other_event(self, launch):
+        server = launch(STUBBORN_MODULE)
+        job = server.client.submit("stuck")
+        assert server.client.finish(job, 5.0)["status"] == "error"
+
+
+class TestDiskTrouble:
+    """A lock of another process, and what runs meanwhile."""
+
+    def test_a_retry_that_falls_into_a_lock_is_still_a_retry(self, launch, tmp_path):
+        server, flag = launch(STUBBORN_MODULE), tmp_path / "go"
+        job = server.client.submit("flaky", str(flag))
+        eventually(lambda: server.client.show(job)["started_timestamp"])
+        with locked_by_another_process(tmp_path / "jobs.db"):
+            flag.touch()
+            eventually((tmp_path / "go.failed").exists)
+            assert server.client.post("/job", {"job_type": "quick", "api_key": "k"}).status == 503
+            assert server.client.post("/job", {"job_type": "quick", "api_key": "k"}).status == 503
+            assert server.client.show(job)["status"] == "pending"
+        ended = server.client.finish(job)
+        assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", "at last", 2)
+
+    def test_a_lock_is_logged_once_and_over_by_itself(self, launch, tmp_path):
+        server = launch(STUBBORN_MODULE)
+        before = server.client.submit("quick", "before")
+        with locked_by_another_process(tmp_path / "jobs.db"):
+            for _ in range(3):
+                answer = server.client.post("/job", {"job_type": "quick", "api_key": "k"})
+                assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and answer.error.endswith(".")
+            for path in ("/status", "/job", "/user"):
+                assert server.client.get(path).status == 200
+            assert server.client.show(before)["sent_data"] == "before"
+        assert server.client.finish(server.client.submit("quick", "after"))["data"] == "after"
+        assert server.client.finish(before)["data"] == "before"
+        text = eventually(lambda: "can be written again" in server.log.read_text() and server.log.read_text())
+        assert text.count("cannot be written") == text.count("can be written again") == 1
+
+
+DOCUMENTED_MODULE = """
+import logging
+import ckanserviceprovider.job as job
+import ckanserviceprovider.util as util
+
+@job.sync
+def echo(task_id, input):
+    handler = util.StoringHandler(task_id, input)
+    logger = logging.getLogger(__name__)
+    logger.addHandler(handler)
+
+    if input['data'].startswith('>'):
+        raise util.JobError('do not start message with >')
+    if input['data'].startswith('#'):
+        raise Exception('serious exception')
+    if input['data'].startswith('&'):
+        logger.warn('just a warning')
+    return '>' + input['data']
+"""
+
+RUN_MODULE = """
+import logging
+import csp.job as job
+import csp.util as util
+
+@job.asynchronous
+def work(task_id, input):
+    logger = logging.getLogger(task_id)
+    logger.addHandler(util.StoringHandler(task_id, input))
+    logger.warning("at it")
+    util.set_progress(task_id, 0.5, "half")
+    util.check_cancelled(task_id)
+    return input.get("data")
+
+@job.asynchronous
+def verdict(task_id, input):
+    raise util.JobError("no such file")
+
+@job.asynchronous
+def broken(task_id, input):
+    raise ValueError("oops")
+
+@job.asynchronous
+def leave(task_id, input):
+    raise SystemExit(0)
+
+@job.asynchronous
+def no_json(task_id, input):
+    return {1, 2}
+
+@job.asynchronous
+def binary(task_id, input):
+    return bytes(range(256))
+
+@job.synchronous
+def stream(task_id, input):
+    return lambda: iter(["one ", b"two"])
+"""
+
+COMMON_LOG = re.compile(
+    r"(\S+) - - \[(\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "
+    r'"((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-)(?: .*)?'
+)
+
+
+def assert_one_sentence(done, *words):
+    """Check that a start was refused: exit code 2 and one line on stderr that holds the words."""
+    assert done.returncode == 2, done
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("csp: ") and lines[0].endswith((".", "]", "'")), lines
+    for word in words:
+        assert str(word) in lines[0]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Return a function that runs csp.py in tmp_path, where ``jobs`` is a job module made of RUN_MODULE."""
+    (tmp_path / "jobs.py").write_text(RUN_MODULE)
+
+    def run(*arguments, **options):
+        return run_command(*arguments, cwd=tmp_path, **options)
+
+    return run
+
+
+class TestCommandLine:
+    """What people type, and what they get."""
+
+    def test_the_banner_says_what_runs_where_and_its_curl_line_works(self, launch, tmp_path):
+        server = launch(DOCUMENTED_MODULE, "--name", "my jobs")
+        text = "".join(server.banner)
+        for line in (
+            rf"my jobs \(csp.py {re.escape(csp.__version__)}\) at {server.url}",
+            r"Job types: +echo",
+            rf"Database: +{re.escape(str(tmp_path / 'jobs.db'))}",
+            "Log in: +user admin",
+        ):
+            assert re.search(f"^{line}", text, re.MULTILINE), text
+        assert SETTINGS["PASSWORD"] not in text and SECURE_KEY not in text
+        if not shutil.which("curl"):
+            assert not IN_CI
+            pytest.skip("there is no curl")
+        line = server.banner[-1].partition("Try it:")[2].strip()
+        done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
+        job = json.loads(done.stdout.decode("utf-8"))
+        assert (job["status"], job["data"]) == ("complete", ">hello")
+
+    def test_a_password_is_made_and_printed_when_none_is_set(self, launch):
+        server = launch(DOCUMENTED_MODULE, environ={"CSP_PASSWORD": ""})
+        password = re.search(r"user admin, password (\S+)", "".join(server.banner))[1]
+        assert len(password) >= 12 and password not in server.log.read_text()
+        assert server.client.get("/user", key=basic("admin", password)).json["name"] == "Admin"
+        assert (
+            server.client.get("/user", key=basic("admin", "")).status != 200
+            or (server.client.get("/user", key=basic("admin", "")).json["is_anonymous"])
+        )
+
+    def test_the_documented_example_runs_word_for_word(self, launch):
+        client = launch(DOCUMENTED_MODULE).client
+        hi, refused, failed, logged = (client.submit("echo", data) for data in ("hi", ">hi", "#", "&hi"))
+        assert (hi["status"], hi["data"], hi["logs"]) == ("complete", ">hi", [])
+        assert (refused["status"], refused["error"]) == ("error", {"message": "do not start message with >"})
+        assert (failed["status"], failed["error"]["message"]) == ("error", "Exception: serious exception")
+        assert [(line["message"], line["level"]) for line in logged["logs"]] == [("just a warning", "WARNING")]
+        assert logged["data"] == ">&hi"
+
+    def test_the_example_stands_in_the_documentation(self):
+        path = HERE.parent / "shared" / "seed" / "ckan-service-provider-documentation.txt"
+        if not path.exists():
+            pytest.skip("the documentation is not beside the repository")
+        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))
+        for part in DOCUMENTED_MODULE.replace("import logging\n", "", 1).split("\n\n"):
+            assert re.sub(r"\s+", " ", part).strip() in text
+
+    def test_version(self):
+        done = run_command("--version")
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"csp.py {csp.__version__}\n", "")
+
+    def test_help_names_every_option(self):
+        done = run_command("--help")
+        assert done.returncode == 0
+        for option in (
+            "--jobs",
+            "--config",
+            "--host",
+            "--port",
+            "--db",
+            "--name",
+            "--workers",
+            "--log-file",
+            "--version",
+            "--hash-password",
+            "--run",
+        ):
+            assert option in done.stdout
+
+    def test_a_hash_of_a_password_from_standard_input_opens_the_service(self, start):
+        done = run_command("--hash-password", input="open \u20ac sesame\n")
+        hashed = done.stdout.strip()
+        assert done.returncode == 0 and hashed.startswith("scrypt$") and "sesame" not in done.stdout + done.stderr
+        client = start(PASSWORD=hashed).client
+        assert client.get("/user", key=basic("admin", "open \u20ac sesame")).json["name"] == "Admin"
+        assert client.get("/user", key=basic("admin", "open")).json["name"] != "Admin"
+
+    def test_no_password_has_no_hash(self):
+        assert_one_sentence(run_command("--hash-password", input=""), "empty")
+
+    @pytest.mark.parametrize(
+        "arguments, text, code, output, errors",
+        [
+            (("work", '{"a": [1, "\xe4"]}'), None, 0, '{"a": [1, "\xe4"]}\n', ["at it"]),
+            (("work", '"hi"'), None, 0, "hi\n", ["WARNING", "at it"]),
+            (("work", "-"), '{"b": 2}', 0, '{"b": 2}\n', ["at it"]),
+            (("work",), None, 0, "", ["at it"]),
+            (("stream",), None, 0, "one two\n", []),
+            (("verdict", "1"), None, 1, "", ["no such file"]),
+            (("broken", "1"), None, 1, "", ["ValueError: oops", "Traceback", "line "]),
+            (("leave", "1"), None, 1, "", ["SystemExit: 0"]),
+            (("no_json", "1"), None, 1, "", ["not JSON"]),
+        ],
+        ids=["object", "string", "stdin", "no data", "stream", "JobError", "exception", "sys.exit", "a set"],
+    )
+    def test_run_runs_one_job_here_and_now(self, command, tmp_path, arguments, text, code, output, errors):
+        done = command("--jobs", "jobs", "--run", *arguments, input=text, environ={"PYTHONUTF8": "1"})
+        assert (done.returncode, done.stdout) == (code, output), done
+        for error in errors:
+            assert error in done.stderr
+        assert not list(tmp_path.glob("*.db*"))
+
+    @pytest.mark.parametrize(
+        "arguments, text, words",
+        [
+            (("nothing",), None, ["binary, broken, leave, no_json, stream, verdict, work"]),
+            (("work", "{"), None, ["JSON"]),
+            (("work", "NaN"), None, ["JSON"]),
+            (("work", "-"), "", ["JSON"]),
+            (("work", "1", "2"), None, ["--run"]),
+            (("work", "[" * 5000), None, ["JSON"]),
+        ],
+        ids=["unknown type", "bad JSON", "NaN", "empty stdin", "too many", "deep"],
+    )
+    def test_run_refuses_what_it_cannot_run(self, command, arguments, text, words):
+        assert_one_sentence(command("--jobs", "jobs", "--run", *arguments, input=text), *words)
+
+    @pytest.mark.parametrize(
+        "arguments, environ, words",
+        [
+            (("--port", "abc"), {}, ["PORT", "number"]),
+            (("--port", "70000"), {}, ["PORT"]),
+            (("--workers", "0"), {}, ["WORKERS"]),
+            (("--host", "256.1.1.1"), {}, ["256.1.1.1"]),
+            (("--db", "postgresql://localhost/jobs"), {}, ["SQLALCHEMY_DATABASE_URI", "SQLite"]),
+            (("--db", "no/such/directory/jobs.db"), {}, ["no/such/directory"]),
+            (("--db", "."), {}, []),
+            ((), {"CSP_GRACE_SECONDS": "soon"}, ["GRACE_SECONDS"]),
+            ((), {"CSP_STDERR": "perhaps"}, ["STDERR"]),
+            ((), {"DATABASE_URL": "mysql://x/y"}, ["SQLALCHEMY_DATABASE_URI"]),
+            ((), {"CSP_PASSWORD": "scrypt$1$2"}, ["PASSWORD", "--hash-password"]),
+            ((), {"CSP_CALLBACK_SECRET": "whsec_abc"}, ["CALLBACK_SECRET"]),
+            ((), {"CSP_TRUSTED_PROXIES": "proxy"}, ["TRUSTED_PROXIES"]),
+            (("--config", "missing.py"), {}, ["missing.py"]),
+            ((), {"JOB_CONFIG": "missing.py"}, ["missing.py"]),
+            (("--config", "broken_settings.py"), {}, ["broken_settings.py"]),
+            (("--config", "failing_settings.py"), {}, ["failing_settings.py"]),
+            (("--log-file", "no/such/directory/log"), {}, ["no/such/directory/log"]),
+            (("--jobs", "no_such_module"), {}, ["no_such_module"]),
+            (("--jobs", "no/such/file.py"), {}, ["file"]),
+            (("--jobs", "broken_module"), {}, ["broken_module", "syntax"]),
+            (("--jobs", "failing_module"), {}, ["failing_module", "NameError"]),
+            (("--jobs", "jobs", "--jobs", "same_names"), {}, ["work", "jobs", "same_names"]),
+            (("--jobs", "needs_more"), {}, ["needs_more", "not_installed_here"]),
+            (("--db", "text.db"), {}, ["text.db"]),
+            (("--db", "other.db"), {}, ["other.db", "another program"]),
+        ],
+        ids=lambda value: None if not isinstance(value, tuple) else "-".join(value).strip("-") or "environment",
+    )
+    def test_what_is_wrong_at_the_start_is_one_sentence(self, command, tmp_path, arguments, environ, words):
+        for name, source in (
+            ("broken_settings", "NAME = "),
+            ("failing_settings", "NAME = nothing"),
+            ("broken_module", "def f(:"),
+            ("failing_module", "nothing"),
+            ("same_names", RUN_MODULE),
+            ("needs_more", "import not_installed_here"),
+        ):
+            (tmp_path / f"{name}.py").write_text(source)
+        (tmp_path / "text.db").write_text("this is no database, but it is long enough to be one\n" * 100)
+        rows_of(tmp_path / "other.db", "CREATE TABLE other (x)")
+        before = {name: (tmp_path / name).read_bytes() for name in ("text.db", "other.db")}
+        database = () if "--db" in arguments or "DATABASE_URL" in environ else ("--db", "mine.db")
+        port = () if "--port" in arguments else ("--port", "0")
+        assert_one_sentence(command(*arguments, *database, *port, environ=environ), *words)
+        assert before == {name: (tmp_path / name).read_bytes() for name in before}
+
+    def test_a_port_in_use_is_one_sentence(self, command):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            assert_one_sentence(command("--port", port, "--db", "mine.db"), port, "--port")
+
+    def test_a_second_server_is_refused_with_the_first_ones_pid(self, launch, command, tmp_path):
+        server = launch(DOCUMENTED_MODULE)
+        assert_one_sentence(command("--db", tmp_path / "jobs.db", "--port", "0"), server.process.pid)
+        assert server.client.submit("echo", "hi")["data"] == ">hi"
+
+    def test_a_database_of_a_newer_version_is_refused_untouched(self, command, tmp_path):
+        path = tmp_path / "new.db"
+        csp.Store(str(path)).close()
+        rows_of(path, f"PRAGMA user_version = {csp.SCHEMA_VERSION + 1}")
+        before = path.read_bytes()
+        assert_one_sentence(command("--db", path, "--port", "0"), "newer")
+        assert path.read_bytes() == before
+
+    @pytest.mark.parametrize(
+        "files, arguments, job_types",
+        [
+            (["one.py"], ["one"], ["one"]),
+            (["one.py"], ["one.py"], ["one"]),
+            (["elsewhere/one.py"], ["elsewhere/one.py"], ["one"]),
+            (["package/__init__.py", "package/one.py"], ["package.one"], ["one"]),
+            (["one.py", "two.py"], ["one", "two.py"], ["one", "two"]),
+            (["a/one.py", "b/one.py"], ["a/one.py", "b/one.py"], ["a_one", "b_one"]),
+            (["my-jobs.py"], ["my-jobs.py"], ["my_jobs"]),
+            (["my.jobs.py"], ["my.jobs.py"], ["my_jobs"]),
+            (["queue.py"], ["./queue.py"], ["queue"]),
+        ],
+        ids=["module", "file", "in a directory", "in a package", "two", "one name", "dash", "dot", "like a library's"],
+    )
+    def test_jobs_names_modules_and_files(self, tmp_path, files, arguments, job_types):
+        for name in files:
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            job_type = path.stem if name.count("/") == 0 or len(job_types) == 1 else name[:-3].replace("/", "_")
+            source = "import csp.job as job\n\n@job.asynchronous\ndef {}(task_id, input):\n    return 1\n"
+            path.write_text("" if path.stem == "__init__" else source.format(re.sub(r"\W", "_", job_type)))
+        options = [word for argument in arguments for word in ("--jobs", argument)]
+        done = run_command(*options, "--run", "nothing", cwd=tmp_path)
+        assert_one_sentence(done, f"({', '.join(job_types)})")
+
+    def test_settings_come_from_file_environment_and_command_line_and_jobs_can_read_them(self, launch, tmp_path):
+        (tmp_path / "settings.py").write_text(
+            "NAME = 'from file'\nMY_OWN = ['x']\nWORKERS = 3\nKEEP_JOBS_AGE = 4\nlower = 1\n"
+        )
+        server = launch(
+            """
+            import csp.job as job
+            from csp import web
+            AT_IMPORT = {name: web.app.config[name] for name in ("NAME", "MY_OWN", "WORKERS", "KEEP_JOBS_AGE")}
+
+            @job.synchronous
+            def settings(task_id, input):
+                return [AT_IMPORT, web.app.config["NAME"], "lower" in web.app.config, web.app.config.get("NO", 5)]
+            """,
+            "--workers",
+            "7",
+            environ={"JOB_CONFIG": str(tmp_path / "settings.py"), "CSP_KEEP_JOBS_AGE": "5", "CSP_WORKERS": "6"},
+        )
+        assert server.client.get("/status").json["name"] == "from file"
+        assert server.client.submit("settings")["data"] == [
+            {"NAME": "from file", "MY_OWN": ["x"], "WORKERS": 7, "KEEP_JOBS_AGE": 5},
+            "from file",
+            False,
+            5,
+        ]
+
+    def test_the_log_file_is_for_its_owner_alone(self, launch, tmp_path):
+        server = launch(DOCUMENTED_MODULE, "--log-file", tmp_path / "service.log")
+        server.client.submit("echo", "hi")
+        text = eventually(lambda: (tmp_path / "service.log").read_text())
+        assert (tmp_path / "service.log").stat().st_mode & 0o777 == 0o600 and "POST /job" in text
+        assert (tmp_path / "jobs.db").stat().st_mode & 0o777 == 0o600
+
+    def test_a_full_log_file_is_rotated_and_each_is_for_its_owner_alone(self, tmp_path, monkeypatch):
+        log, handlers, level = csp.log, list(csp.log.handlers), csp.log.level
+        csp.configure_logging(csp.Settings({**SETTINGS, "LOG_FILE": str(tmp_path / "a.log")}))
+        handler = log.handlers[0]
+        try:
+            assert handler.maxBytes == 64 * 2**20 and handler.backupCount == 5
+            handler.maxBytes = 1000
+            for number in range(200):
+                log.warning("line %d", number)
+            files = sorted(tmp_path.glob("a.log*"))
+            assert len(files) == 6 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
+            log.warning("one\nline")
+            assert (tmp_path / "a.log").read_text().endswith("one\\nline\n")
+        finally:
+            handler.close()
+            log.handlers[:], log.propagate = handlers, True
+            log.setLevel(level)
+
+    def test_access_lines_are_in_common_log_format_without_secrets(self, launch):
+        server = launch(DOCUMENTED_MODULE)
+        job = server.client.submit("echo", "hi", api_key="the-api-key")
+        server.client.get(f"/job/{job['job_id']}?limit=5&secret=in-the-query", key=job["job_key"])
+        server.client.get("/user", key=ADMIN)
+        server.client.get("/job", key=SECURE_KEY, Cookie="csp_session=in-the-cookie")
+        for request in (b'GET /a"b\\c HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n', b"nonsense\r\n\r\n"):
+            assert raw_exchange(server.url, request)
+        assert server.terminate() == 0
+        text = server.log.read_text()
+        lines = [line for line in text.splitlines() if " - - [" in line]
+        assert len(lines) == 6
+        for line in lines:
+            assert COMMON_LOG.fullmatch(line), line
+            assert COMMON_LOG.fullmatch(line)[1] == "127.0.0.1"
+            time.strptime(COMMON_LOG.fullmatch(line)[2], "%d/%b/%Y:%H:%M:%S %z")
+        assert [COMMON_LOG.fullmatch(line)[3] for line in lines[:4]] == [
+            "POST /job HTTP/1.1",
+            f"GET /job/{job['job_id']} HTTP/1.1",
+            "GET /user HTTP/1.1",
+            "GET /job HTTP/1.1",
+        ]
+        for secret in (
+            "the-api-key",
+            "in-the-query",
+            "in-the-cookie",
+            job["job_key"],
+            SECURE_KEY,
+            SETTINGS["PASSWORD"],
+            ADMIN.split()[1],
+        ):
+            assert secret not in text
 
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -4987,162 +6002,6 @@ class TestService:
             assert len(jobs["endless_log"]["logs"]) == 20_001
             assert jobs["endless_log"]["logs"][-1]["message"].endswith("(cut: 10,000,000 characters)")
         assert client.submit("echo", "hi")["data"] == ">hi"
-
-
-DOCUMENTED_MODULE = """
-    import logging
-    import ckanserviceprovider.job as job
-    import ckanserviceprovider.util as util
-
-
-    @job.sync
-    def echo(task_id, input):
-        handler = util.StoringHandler(task_id, input)
-        logger = logging.getLogger(__name__)
-        logger.addHandler(handler)
-
-        if input['data'].startswith('>'):
-            raise util.JobError('do not start message with >')
-        if input['data'].startswith('#'):
-            raise Exception('serious exception')
-        if input['data'].startswith('&'):
-            logger.warn('just a warning')
-        return '>' + input['data']
-    """
-
-
-class TestCommandLine:
-    """``python csp.py``."""
-
-    def test_the_documentations_example_runs_word_for_word(self, launch):
-        client = launch(DOCUMENTED_MODULE).client
-        jobs = [client.submit("echo", data) for data in ("hi", ">hi", "#", "&hi")]
-        assert [job["data"] for job in jobs] == [">hi", None, None, ">&hi"]
-        assert [job["error"] and job["error"]["message"] for job in jobs] == [
-            None,
-            "do not start message with >",
-            "Exception: serious exception",
-            None,
-        ]
-        assert [len(job["logs"]) for job in jobs] == [0, 0, 0, 1]
-
-    def test_the_first_lines_say_what_is_where_and_the_command_works(self, launch, tmp_path):
-        server = launch(DOCUMENTED_MODULE, "--name", "Mine")
-        banner = "".join(server.banner)
-        assert (
-            banner.startswith("Mine (csp.py ") and "Job types: echo\n" in banner and str(tmp_path / "jobs.db") in banner
-        )
-        assert SETTINGS["PASSWORD"] not in banner
-        command = server.banner[-1].partition(":")[2].strip()
-        result = subprocess.run(command + " --silent", shell=True, stdout=subprocess.PIPE, timeout=PATIENCE_SECONDS)
-        if result.returncode == 127 and not IN_CI:
-            pytest.skip("there is no curl")
-        assert json.loads(result.stdout.decode())["data"] == ">hello"
-
-    def test_a_password_is_made_and_printed_if_none_is_set(self, launch):
-        server = launch(DOCUMENTED_MODULE, environ={"CSP_PASSWORD": ""})
-        password = re.search(r"password (\S+) ", "".join(server.banner))[1]
-        assert server.client.get("/login", key=basic("admin", password)).status == 302
-
-    @pytest.mark.parametrize(
-        "arguments, sentence",
-        [
-            (["--port", "x"], "The setting PORT has to be a number."),
-            (["--workers", "0"], "The setting WORKERS has to be between"),
-            (["--db", "postgresql://a/b"], "SQLALCHEMY_DATABASE_URI has to be sqlite"),
-            (["--config", "nowhere.py"], "cannot be read"),
-            (["--jobs", "no_such_module"], "The job module no_such_module cannot be imported"),
-            (["--jobs", "nowhere.py"], "The job module nowhere.py cannot be imported"),
-            (["--jobs", "broken"], "The job module broken has a syntax error"),
-            (["--jobs", "raises"], "The job module raises fails: ZeroDivisionError"),
-            (["--jobs", "twice"], "two job types are called work: "),
-            (["--db", "text.db"], "text.db is not a database"),
-            (["--db", "no/such/place.db"], "its directory does not exist"),
-            (["--db", "."], "is not a file"),
-            (["--host", "no.such.host.invalid"], "The address no.such.host.invalid port"),
-            (["--config", "bad.py"], "bad.py fails"),
-            (["--log-file", "no/such/log"], "The log file no/such/log cannot be written"),
-            (["--run", "nothing"], "--run takes a job type"),
-            (["--jobs", "good", "--run", "work", "{"], "The data for --run is not JSON"),
-        ],
-        ids=str,
-    )
-    def test_what_is_wrong_at_the_start_is_one_sentence(self, tmp_path, arguments, sentence):
-        for name, text in {
-            "broken.py": "def",
-            "raises.py": "1 / 0",
-            "bad.py": "1 / 0",
-            "text.db": "some text",
-            "good.py": "import csp.job as job\n@job.sync\ndef work(task_id, input): pass\n",
-            "twice.py": "import csp.job as job\n@job.sync\ndef work(a, b): pass\n@job.sync\ndef work(a, b): pass\n",
-        }.items():
-            (tmp_path / name).write_text(text)
-        result = run_command("--port", 0, *arguments, cwd=tmp_path)
-        assert result.returncode == 2 and result.stderr.startswith("csp: ") and sentence in result.stderr
-        assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr and result.stdout == ""
-
-    def test_a_port_in_use_is_one_sentence(self, tmp_path):
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            result = run_command("--port", taken.getsockname()[1], cwd=tmp_path)
-        assert result.returncode == 2 and "choose another with --host or --port" in result.stderr
-
-    @pytest.mark.parametrize(
-        "arguments, input, code, output, errors",
-        [
-            (["echo", '"hi"'], None, 0, ">hi\n", ""),
-            (["echo", "-"], '"hi"', 0, ">hi\n", ""),
-            (["echo", '"&x"'], None, 0, ">&x\n", "WARNING just a warning"),
-            (["echo", '">"'], None, 1, "", '{"message": "do not start message with >"}'),
-            (["echo", '"#"'], None, 1, "", "serious exception"),
-            (["stream"], None, 0, "abc\n", ""),
-        ],
-        ids=str,
-    )
-    def test_run_runs_one_job_here_and_now(self, tmp_path, arguments, input, code, output, errors):
-        source = textwrap.dedent(DOCUMENTED_MODULE) + "\n@job.sync\ndef stream(a, b):\n    return lambda: 'abc'\n"
-        (tmp_path / "my_jobs.py").write_text(source.replace("logger.warn(", "logger.warning("))
-        result = run_command("--jobs", "my_jobs.py", "--run", *arguments, input=input, cwd=tmp_path)
-        assert (result.returncode, result.stdout) == (code, output)
-        assert errors in result.stderr and not list(tmp_path.glob("*.db"))
-
-    def test_version_help_and_hash(self):
-        assert run_command("--version").stdout == f"csp.py {csp.__version__}\n"
-        text = run_command("--help").stdout
-        assert all(row.option in text for row in csp.SETTINGS) and "--run" in text and "--hash-password" in text
-        hashed = run_command("--hash-password", input="open sesame\n").stdout.strip()
-        assert csp.Secret(hashed).matches("open sesame") and not csp.Secret(hashed).matches("open")
-        empty = run_command("--hash-password", input="\n")
-        assert empty.returncode == 2 and "empty" in empty.stderr
-
-    def test_modules_by_name_and_by_file_and_settings_at_import(self, launch, tmp_path):
-        (tmp_path / "more").mkdir()
-        (tmp_path / "more" / "other.py").write_text(
-            textwrap.dedent("""
-            from csp import web, job
-            NAME, MINE = web.app.config["NAME"], web.app.config.get("CHUNK")
-            assert "CHUNK" in web.app.config and web.app.config.get("NOTHING", 5) == 5
-
-            @job.synchronous
-            def other(task_id, input):
-                return [NAME, MINE, web.app.config["PORT"]]
-            """)
-        )
-        (tmp_path / "settings.py").write_text("import os\nNAME = 'from file'\nCHUNK = 1024 * 2\nPORT = '8800'\n")
-        server = launch(DOCUMENTED_MODULE, "--jobs", "more/other.py", "--config", "settings.py")
-        assert server.client.submit("other")["data"] == ["from file", 2048, 0]
-        assert server.client.get("/status").json["job_types"] == ["echo", "other"]
-
-    def test_the_access_log_has_lines_in_common_format_and_no_secret(self, launch, tmp_path):
-        server = launch(DOCUMENTED_MODULE, "--log-file", "service.log", environ={"CSP_STDERR": "False"})
-        server.client.get("/job?secret=hidden", key="hidden-key")
-        server.client.post("/job", {"job_type": "echo", "api_key": "hidden-api-key", "data": "x"})
-        assert server.terminate() == 0
-        text = (tmp_path / "service.log").read_text()
-        assert re.search(
-            r'^127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "GET /job HTTP/1\.1" 200 \d+ ', text, re.M
-        )
-        assert "hidden" not in text and not server.log.read_text()
-        assert (tmp_path / "service.log").stat().st_mode & 0o777 == 0o600
 
 
 class TestExamples:
