@@ -3739,14 +3739,19 @@ class Server(ThreadingHTTPServer):
                         self._spare_threads -= 1
                         return
                 continue
-            self.process_request_thread(request, client_address)
-            with self._lock:
-                self._connections -= 1
-                self._spare_threads += 1
-                self._per_address[client_address[0]] -= 1
-                if not self._per_address[client_address[0]]:
-                    del self._per_address[client_address[0]]
-                self._lock.notify_all()
+            try:
+                self.process_request_thread(request, client_address)
+            finally:
+                self._leave(client_address)
+
+    def _leave(self, client_address: Any) -> None:
+        with self._lock:
+            self._connections -= 1
+            self._spare_threads += 1
+            self._per_address[client_address[0]] -= 1
+            if not self._per_address[client_address[0]]:
+                del self._per_address[client_address[0]]
+            self._lock.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler did not expect; the connection is closed."""
@@ -3854,6 +3859,7 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     Raises StartError if the service cannot start.
     """
     configure_logging(settings)
+    logging.raiseExceptions = False  # a job that closes stderr must not make every log line an exception
     _raise_file_limit(settings["MAX_CONNECTIONS"] + settings["WORKERS"] * 8 + CALLBACK_THREADS + 100)
     service = Service(settings, registry)
     try:

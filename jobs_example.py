@@ -15,7 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from datetime import date, datetime, timedelta, timezone
-from http.client import HTTPException
+from http.client import BadStatusLine, HTTPException, IncompleteRead
 from typing import IO, Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 import csp.job as job
@@ -93,7 +93,11 @@ class _HttpRedirects(urllib.request.HTTPRedirectHandler):
 
 def _explain(error: BaseException) -> str:
     """Return an error's reason in one line, without errno where the system has words for it."""
+    if isinstance(error, IncompleteRead):
+        return "the connection was closed"
     reason = getattr(error, "reason", error)
+    if isinstance(reason, BadStatusLine) and not isinstance(reason, OSError):  # which a closed connection is as well
+        return "the answer is not HTTP"
     return " ".join(str(getattr(reason, "strerror", None) or reason).split()) or type(reason).__name__
 
 
@@ -127,6 +131,12 @@ def _read_chunk(response: Any, done_bytes: int, missing_bytes: float) -> bytes:
     return chunk
 
 
+def _show_download(task_id: str, done_bytes: int, declared_bytes: Optional[int], progress_share: float) -> None:
+    of_all = f" of {declared_bytes:,}" if declared_bytes else ""
+    fraction = progress_share * done_bytes / declared_bytes if declared_bytes else 0.0
+    util.set_progress(task_id, fraction, f"downloaded {done_bytes:,}{of_all} bytes")
+
+
 def _download(task_id: str, response: Any, limit_bytes: int, progress_share: float = 1.0) -> Iterator[bytes]:
     """Yield the body in chunks; raise JobError if it is larger than ``limit_bytes``, too slow or cut short.
 
@@ -145,9 +155,7 @@ def _download(task_id: str, response: Any, limit_bytes: int, progress_share: flo
         if done_bytes > limit_bytes:
             raise _too_large(f"more than {limit_bytes:,}", limit_bytes)
         yield chunk
-        of_all = f" of {declared_bytes:,}" if declared_bytes else ""
-        fraction = progress_share * done_bytes / declared_bytes if declared_bytes else 0.0
-        util.set_progress(task_id, fraction, f"downloaded {done_bytes:,}{of_all} bytes")
+        _show_download(task_id, done_bytes, declared_bytes, progress_share)
 
 
 class Order(NamedTuple):
@@ -164,7 +172,7 @@ def _read_order(input: Input, max_bytes: int) -> Order:
         raise util.JobError('data has to be an object such as {"url": "https://example.org/file.csv"}.')
     limit_bytes = data.get("limit_bytes", max_bytes)
     if type(limit_bytes) is not int or not 0 < limit_bytes <= max_bytes:
-        raise util.JobError(f"data.limit_bytes has to be a whole number from 1 to {max_bytes}; leave it out for that.")
+        raise util.JobError(f"data.limit_bytes has to be a whole number from 1 to {max_bytes}, or left out.")
     return Order(_check_url(data.get("url")), limit_bytes)
 
 
@@ -247,16 +255,19 @@ class Format(NamedTuple):
     has_header: bool
 
 
+def _marked_encoding(head: bytes) -> Optional[str]:
+    return next((encoding for bom, encoding in _BOMS if head.startswith(bom)), None)
+
+
 def _guess_encoding(task_id: str, file: IO[bytes]) -> str:
     """Return the byte order mark's encoding, else UTF-8 if the whole file is that, else Windows-1252.
 
     The whole, because the first ``é`` may be in the last row. Raises JobError for zero bytes: no such text has any.
     """
     file.seek(0)
-    head = file.read(4)
-    for bom, encoding in _BOMS:
-        if head.startswith(bom):
-            return encoding
+    marked = _marked_encoding(file.read(HEAD_BYTES))
+    if marked is not None:
+        return marked
     file.seek(0)
     encoding = "utf-8"
     decoder: codecs.IncrementalDecoder = codecs.getincrementaldecoder(encoding)()
@@ -289,6 +300,11 @@ def _sample_rows(text: str, delimiter: str) -> List[List[str]]:
         return []
 
 
+def _shape(value: str) -> str:
+    """Return what a value looks like to a guess: its kind, where a decimal comma makes a number as well."""
+    return _kind(value.replace(",", "."))
+
+
 def _rate_delimiter(text: str, delimiter: str) -> Tuple[float, float]:
     """Return the share of rows that have the usual number of fields, and the share of fields that are not just text."""
     rows = _sample_rows(text, delimiter)
@@ -296,8 +312,8 @@ def _rate_delimiter(text: str, delimiter: str) -> Tuple[float, float]:
     usual = max(sorted(set(widths)), key=widths.count, default=1)
     if usual == 1:
         return 0.0, 0.0
-    fields = [field.replace(",", ".") for row in rows for field in row]  # decimal commas are numbers here
-    return widths.count(usual) / len(rows), sum(_kind(field) != "text" for field in fields) / len(fields)
+    fields = [field for row in rows for field in row]
+    return widths.count(usual) / len(rows), sum(_shape(field) != "text" for field in fields) / len(fields)
 
 
 def _guess_delimiter(text: str) -> str:
@@ -306,16 +322,20 @@ def _guess_delimiter(text: str) -> str:
     return best if _rate_delimiter(text, best)[0] else ","
 
 
+def _is_year(value: str) -> bool:
+    return re.fullmatch("(?:19|20)[0-9]{2}", value.strip()) is not None
+
+
 def _vote_header(name: str, values: List[str]) -> int:
     """Return 1 if ``name`` looks like a heading of ``values``, -1 if it looks like one of them, 0 if it may be either.
 
     A text above numbers or dates is a heading. A year says nothing: tables have them as headings and as values.
     """
     filled = [value for value in values if value.strip()]
-    is_text = sum(_kind(value) == "text" for value in filled) * 2 >= len(filled)
-    if _kind(name) == "text":
+    is_text = sum(_shape(value) == "text" for value in filled) * 2 >= len(filled)
+    if _shape(name) == "text":
         return -1 if name in values else 0 if is_text else 1
-    return 0 if is_text or not name.strip() or re.fullmatch("(?:19|20)[0-9]{2}", name.strip()) else -1
+    return 0 if is_text or not name.strip() or _is_year(name) else -1
 
 
 def _guess_header(rows: List[List[str]]) -> bool:
@@ -323,7 +343,7 @@ def _guess_header(rows: List[List[str]]) -> bool:
     first, others = (rows[0], rows[1:]) if rows else ([], [])
     votes = sum(_vote_header(name, [row[index] for row in others if index < len(row)])
                 for index, name in enumerate(first))
-    kinds = {"year" if re.fullmatch("(?:19|20)[0-9]{2}", name.strip()) else _kind(name) for name in first}
+    kinds = {"year" if _is_year(name) else _shape(name) for name in first}
     return votes > 0 or (votes == 0 and "text" in kinds and kinds <= {"text", "empty", "year"})
 
 
@@ -421,11 +441,15 @@ class Reading:
 
     def __init__(self, kind: str, parse: Parser) -> None:
         self.kind = kind
-        self.is_number = kind in ("integer", "number")
         self.sum: Any = 0
         self._parse = parse
         self._low: Optional[Tuple[Any, str]] = None
         self._high: Optional[Tuple[Any, str]] = None
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the values are numbers."""
+        return self.kind in ("integer", "number")
 
     def add(self, text: str) -> bool:
         """Take a value into account; return False if it cannot be read this way."""
@@ -542,6 +566,11 @@ def _profile(task_id: str, file: IO[bytes], form: Format, size_bytes: int) -> Di
     return {"rows": count, "uneven_rows": uneven_rows, "columns": [column.report() for column in columns]}
 
 
+def _log_format(form: Format) -> None:
+    header = "with a header" if form.has_header else "without a header"
+    logger.info("encoding %s, delimiter %r, %s", form.encoding, form.delimiter, header)
+
+
 def _log_profile(profile: Dict[str, Any]) -> None:
     logger.info("read %s rows of %s columns", f"{profile['rows']:,}", f"{len(profile['columns']):,}")
     if profile["uneven_rows"]:
@@ -567,8 +596,7 @@ def profile_csv(task_id: str, input: Input) -> Dict[str, Any]:
         size_bytes = _save(task_id, order, file)
         logger.info("downloaded %s bytes", f"{size_bytes:,}")
         form = _guess_format(task_id, file)
-        logger.info("encoding %s, delimiter %r, %s header", form.encoding, form.delimiter,
-                    "with a" if form.has_header else "without a")
+        _log_format(form)
         profile = _profile(task_id, file, form, size_bytes)
     _log_profile(profile)
     util.set_progress(task_id, 1.0, f"read {profile['rows']:,} rows")
