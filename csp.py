@@ -3867,13 +3867,10 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     except StartError:
         service.close(0.0)
         raise
-    stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os._exit(1) if stopping.is_set() else stopping.set())
+    signals = _receive_signals()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="csp-accept", daemon=True).start()
     announce(server, sys.stdout)
-    while not stopping.wait(3600.0):  # without a timeout Windows does not deliver Ctrl-C
-        pass
+    signals.get()
     log.info("stopping; running jobs have %g seconds", settings["GRACE_SECONDS"])
     deadline = time.monotonic() + settings["GRACE_SECONDS"]
     server.stop(settings["GRACE_SECONDS"])
@@ -3882,6 +3879,24 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
         log.warning("jobs were still running; they are taken up again at the next start")
     _end_process_if_held()
     return 0
+
+
+def _receive_signals() -> queue.SimpleQueue[int]:
+    """Return a queue that gets the first SIGINT or SIGTERM; the second ends the process at once.
+
+    A queue, because its ``put`` may interrupt its ``get``; an Event's ``set`` would lock itself out.
+    """
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    seen: List[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if seen:
+            os._exit(1)
+        seen.append(number)
+        signals.put(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return signals
 
 
 def _end_process_if_held() -> None:
