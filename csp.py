@@ -3867,10 +3867,10 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     except StartError:
         service.close(0.0)
         raise
-    signals = _receive_signals()
+    stopping = _await_signals()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="csp-accept", daemon=True).start()
     announce(server, sys.stdout)
-    signals.get()
+    stopping.wait()
     log.info("stopping; running jobs have %g seconds", settings["GRACE_SECONDS"])
     deadline = time.monotonic() + settings["GRACE_SECONDS"]
     server.stop(settings["GRACE_SECONDS"])
@@ -3881,22 +3881,29 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     return 0
 
 
-def _receive_signals() -> queue.SimpleQueue[int]:
-    """Return a queue that gets the first SIGINT or SIGTERM; the second ends the process at once.
+def _await_signals() -> threading.Event:
+    """Return an event that the first SIGINT or SIGTERM sets; the second ends the process at once.
 
-    A queue, because its ``put`` may interrupt its ``get``; an Event's ``set`` would lock itself out.
+    The system may give a signal to any thread, and Python's handlers wait for the main one to move; so a thread reads
+    the bytes that the interpreter writes for each signal (signal.set_wakeup_fd).
     """
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    seen: List[int] = []
+    stopping = threading.Event()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
 
-    def note(number: int, frame: Any) -> None:
-        if seen:
-            os._exit(1)
-        seen.append(number)
-        signals.put(number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
-    return signals
+    wanted = (signal.SIGINT, signal.SIGTERM)
+
+    def read() -> None:
+        while True:
+            if reader.recv(1)[0] in wanted:
+                if stopping.is_set():
+                    os._exit(1)
+                stopping.set()
+    for number in wanted:
+        signal.signal(number, lambda *_: writer.fileno())  # does nothing, and keeps the socket alive
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=read, name="csp-signals", daemon=True).start()
+    return stopping
 
 
 def _end_process_if_held() -> None:
