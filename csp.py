@@ -452,9 +452,10 @@ SETTINGS = (
     Setting("HEADER_SECONDS", _number(1, 3600, float), 15.0, "time a client has to send a request's head"),
     Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "time a client has to send a body, and more for a large "
             "one, see BODY_BYTES_PER_SECOND"),
-    Setting("BODY_BYTES_PER_SECOND", _number(1, 2**30), 16_384, "the slowest sender of a large body that is "
-            "waited for"),
-    Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading its answer"),
+    Setting("BODY_BYTES_PER_SECOND", _number(1, 2**30), 16_384, "the slowest sender of a large body, and "
+            "reader of a large answer, that is waited for"),
+    Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading its answer; a large one "
+            "may take longer, see BODY_BYTES_PER_SECOND"),
     Setting("IDLE_SECONDS", _number(1, 3600, float), 60.0, "time an unused connection is kept open"),
     Setting("MAX_CONNECTIONS", _number(1, 100_000), 1000, "connections at the same time, each of which has a thread; "
             "above it the longest unused one is closed for a new one; if all are in use the new one is answered 503"),
@@ -3575,8 +3576,17 @@ class RequestHandler(socketserver.BaseRequestHandler):
             self.connection.sendall(head + body)
         else:
             self.connection.sendall(head)
-            self.connection.sendall(body)
+            self._send_large(body)
         return len(body), keeps_alive
+
+    def _send_large(self, body: bytes) -> None:
+        """Send a large body; raise _Disconnected if the client reads it too slowly, also if it reads some all the time."""
+        deadline = time.monotonic() + self._limits.send_seconds + len(body) / self._limits.body_bytes_per_second
+        left = memoryview(body)
+        while left:
+            left = left[self.connection.send(left):]
+            if time.monotonic() > deadline:
+                raise _Disconnected
 
     def _build_head(self, response: Response, framing: str, keeps_alive: bool) -> bytes:
         fields = "".join(f"{name}: {value}\r\n" for name, value in response.headers)

@@ -3252,6 +3252,16 @@ def is_closed(connection):
         return True
 
 
+def lambda_named(name, function):
+    """Return the function under another name, as a job type's."""
+
+    def named(task_id, input):
+        return function(task_id, input)
+
+    named.__name__ = named.__qualname__ = name
+    return named
+
+
 class TestStrangers:
     """Clients that mean no good: none of them may cost the others more than a moment."""
 
@@ -3322,6 +3332,23 @@ class TestStrangers:
             connection.close()
         eventually(lambda: not running.server._handlers)
         assert running.client.get("/status").status == 200
+
+    @pytest.mark.parametrize("reads", [0, 1000], ids=["not at all", "a little all the time"])
+    def test_a_client_that_reads_its_answer_too_slowly_is_left(self, start, reads):
+        registry = csp.Registry()
+        registry.synchronous(lambda_named("large", lambda task_id, input: "x" * 30_000_000))
+        running = start(registry, SEND_SECONDS=1, BODY_BYTES_PER_SECOND=100_000_000)
+        running.client.submit("large", job_id="large")
+        request = b"GET /job/large HTTP/1.1\r\nHost: a\r\nAuthorization: %b\r\n\r\n" % SECURE_KEY.encode()
+        with contextlib.closing(open_connections(running.server.url, 1, request)[0]) as connection:
+            eventually(lambda: running.server._handlers)
+
+            def is_left():
+                if reads:
+                    connection.recv(reads)
+                return not running.server._handlers
+
+            eventually(is_left, 10.0)
 
     @linux_only
     def test_a_body_too_large_is_refused_by_its_declared_length_and_costs_no_memory(self, launch):
@@ -3878,16 +3905,6 @@ class TestCallbacks:
             job = running.client.submit("echo", "hi", result_url="http://127.0.0.1:%d/" % hung.getsockname()[1])
             assert 1.5 < time.monotonic() - started < 5.0 and job["error"] is None and job["status"] == "complete"
             running.stop(0.1)
-
-
-def lambda_named(name, function):
-    """Return the function under another name, as a job type's."""
-
-    def named(task_id, input):
-        return function(task_id, input)
-
-    named.__name__ = named.__qualname__ = name
-    return named
 
 
 CRASH_MODULE = """
