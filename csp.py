@@ -3580,7 +3580,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         return len(body), keeps_alive
 
     def _send_large(self, body: bytes) -> None:
-        """Send a large body; raise _Disconnected if the client reads it too slowly, also if it reads some all the time."""
+        """Send a large body; raise _Disconnected if the client is too slow, also if it reads a little all the time."""
         deadline = time.monotonic() + self._limits.send_seconds + len(body) / self._limits.body_bytes_per_second
         left = memoryview(body)
         while left:
