@@ -937,7 +937,7 @@ _SCHEMA = (
         attempts INTEGER NOT NULL DEFAULT 0,
         synchronous INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0, progress TEXT,
         callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0, callback_error TEXT, callback_at REAL,
-        callback_host TEXT, resubmitted_from TEXT)""",
+        callback_host TEXT, resubmitted_from TEXT, aps_job_id TEXT)""",  # the last is the predecessor's and not used
     "CREATE INDEX jobs_by_status ON jobs (status, seq)",
     "CREATE INDEX jobs_queued ON jobs (run_at, seq) WHERE run_at IS NOT NULL",
     "CREATE INDEX jobs_running ON jobs (seq) WHERE status = 'pending' AND run_at IS NULL",

@@ -6183,3 +6183,130 @@ class TestExamples:
     def test_bad_input_is_a_job_error(self, example, data, sentence):
         for job in (example.submit("checksum", data), example.finish(example.submit("profile_csv", data))):
             assert job["status"] == "error" and sentence in job["error"]["message"] and "traceback" not in job["error"]
+
+
+# What ckanserviceprovider 1.2.0 left behind when it was killed: sqlite3's .dump of its database
+PREDECESSOR_DUMP = r"""
+PRAGMA foreign_keys=OFF;
+BEGIN TRANSACTION;
+CREATE TABLE jobs (
+	job_id TEXT NOT NULL,
+	job_type TEXT,
+	status TEXT,
+	data TEXT,
+	error TEXT,
+	requested_timestamp DATETIME,
+	finished_timestamp DATETIME,
+	sent_data TEXT,
+	aps_job_id TEXT,
+	result_url TEXT,
+	api_key TEXT,
+	job_key TEXT,
+	PRIMARY KEY (job_id)
+);
+INSERT INTO jobs VALUES('ok','echo','complete','">hi"',NULL,'2026-11-23 20:29:00.026358','2026-11-23 20:29:00.040047','"hi"',NULL,NULL,NULL,'key-ok');
+INSERT INTO jobs VALUES('bad','echo','error',NULL,'{"message": "do not start message with >"}','2026-11-23 20:29:00.058037','2026-11-23 20:29:00.059858','">hi"',NULL,NULL,NULL,'09ff670b-e43d-460d-895a-d62cacd867e1');
+INSERT INTO jobs VALUES('worse','echo','error',NULL,'{"message": "  File \"main.py\", line 11, in echo\n    if input[''data''].startswith(''#''): raise Exception(''serious exception'')\nException(''serious exception'')"}','2026-11-23 20:29:00.074983','2026-11-23 20:29:00.076859','"#x"',NULL,NULL,NULL,'df6f2943-c8e7-4021-b4a7-a581ef5cada4');
+INSERT INTO jobs VALUES('quick','quick','complete','{"a": [1, null, "\u00e4"]}','{"message": "Process completed but unable to post to result_url"}','2026-11-23 20:29:00.096112','2026-11-23 20:29:00.106174','{"q": 1}','3bd9fdf525f946f29ca899c2969e9cef','http://127.0.0.1:9/x','k4','86263f31-4f44-4c3a-b00e-176ba56bebd8');
+INSERT INTO jobs VALUES('slow','slow','pending',NULL,NULL,'2026-11-23 20:29:00.116789',NULL,'{"q": 1}','2b13724d82844edb97bc0c347dc6f307','http://127.0.0.1:8166/cb','X-Key: k5','4ce9acda-3c8a-4199-979f-243f97764f37');
+INSERT INTO jobs VALUES('nodata','quick','pending',NULL,NULL,'2026-11-23 20:29:00.137526',NULL,'{}','77bf8370854f4d0aa77ae97f1ccefa6f',NULL,'k6','c45a4ad0-2a28-4469-9832-dfb1e1081f4c');
+CREATE TABLE metadata (
+	job_id TEXT NOT NULL,
+	"key" TEXT NOT NULL,
+	value TEXT,
+	type TEXT,
+	PRIMARY KEY (job_id, "key"),
+	FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE
+);
+INSERT INTO metadata VALUES('ok','mimetype','text/plain','string');
+INSERT INTO metadata VALUES('ok','n','5','json');
+INSERT INTO metadata VALUES('ok','list','[1, "x"]','json');
+INSERT INTO metadata VALUES('ok','s','5','string');
+INSERT INTO metadata VALUES('slow','ckan_url','http://x/','string');
+CREATE TABLE logs (
+	job_id TEXT NOT NULL,
+	timestamp DATETIME,
+	message TEXT,
+	level TEXT,
+	module TEXT,
+	"funcName" TEXT,
+	lineno INTEGER,
+	FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE
+);
+INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.031276','a line','INFO','main','echo',12);
+INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.035805','another ä','WARNING','main','echo',12);
+CREATE TABLE apscheduler_jobs (
+	id VARCHAR(191) NOT NULL,
+	next_run_time FLOAT,
+	job_state BLOB NOT NULL,
+	PRIMARY KEY (id)
+);
+CREATE INDEX ix_jobs_status ON jobs (status);
+CREATE INDEX ix_metadata_value ON metadata (value);
+CREATE INDEX ix_apscheduler_jobs_next_run_time ON apscheduler_jobs (next_run_time);
+COMMIT;
+"""  # noqa: E501 - a dump as it is
+
+
+class TestPredecessor:
+    """A database that the real predecessor has written."""
+
+    @pytest.fixture
+    def old_database(self, tmp_path):
+        with contextlib.closing(sqlite3.connect(str(tmp_path / "jobs.db"))) as connection:
+            connection.executescript(PREDECESSOR_DUMP)
+        return tmp_path / "jobs.db"
+
+    def test_its_finished_jobs_are_there_with_everything(self, old_database, start):
+        client = start(WORKERS=1).client
+        listed = [path.rpartition("/")[2] for path in client.get("/job?_limit=10").json["list"]]
+        assert listed == ["nodata", "slow", "quick", "worse", "bad", "ok"]
+        good = client.get("/job/ok", key="key-ok").json
+        assert (good["status"], good["data"], good["sent_data"], good["error"]) == ("complete", ">hi", "hi", None)
+        assert good["metadata"] == {"mimetype": "text/plain", "n": 5, "list": [1, "x"], "s": "5"}
+        assert [line["message"] for line in good["logs"]] == ["a line", "another \u00e4"]
+        assert good["logs"][0]["timestamp"] == "2026-11-23T20:29:00.031276"
+        assert good["requested_timestamp"] == "2026-11-23T20:29:00.026358"
+        assert client.get("/job/ok/data", key="key-ok").body == b">hi"
+        assert client.get("/job/bad", key=SECURE_KEY).json["error"] == {"message": "do not start message with >"}
+        assert "serious exception" in client.get("/job/worse", key=SECURE_KEY).json["error"]["message"]
+        quick = client.get("/job/quick", key=SECURE_KEY).json
+        assert quick["data"] == {"a": [1, None, "\u00e4"]} and quick["error"]["message"].startswith("Process completed")
+        assert client.get("/job?n=5").json == {"list": ["/job/ok"]} == client.get("/job?s=5&mimetype=text/plain").json
+
+    def test_its_pending_jobs_run_and_their_callbacks_go_out(self, old_database, start, receiver):
+        with contextlib.closing(sqlite3.connect(str(old_database))) as connection, connection:
+            connection.execute("UPDATE jobs SET result_url = ? WHERE job_id = 'slow'", (receiver.url,))
+        registry, seen = csp.Registry(), []
+
+        @registry.asynchronous
+        def slow(task_id, input):
+            seen.append(input)
+            return 1
+
+        @registry.asynchronous
+        def quick(task_id, input):
+            return 2
+
+        client = start(registry).client
+        headers, body = receiver.wait()[0]
+        assert headers["X-Key"] == "k5" and (body["job_id"], body["status"], body["data"]) == ("slow", "complete", 1)
+        assert seen == [
+            {
+                "job_type": "slow",
+                "api_key": "X-Key: k5",
+                "data": {"q": 1},
+                "result_url": receiver.url,
+                "metadata": {"ckan_url": "http://x/"},
+            }
+        ]
+        eventually(lambda: client.get("/status").json["stats"] == {"pending": 0, "complete": 4, "error": 2})
+        assert query(old_database, "SELECT job_id FROM jobs WHERE api_key IS NOT NULL") in ([], [("slow",)])
+
+    def test_its_old_jobs_are_cleared(self, old_database, start):
+        with contextlib.closing(sqlite3.connect(str(old_database))) as connection, connection:
+            connection.execute("UPDATE jobs SET finished_timestamp = '2020-01-01 00:00:00' WHERE job_id = 'ok'")
+        client = start().client
+        assert client.delete("/job?days=1000", key=ADMIN).json == {"success": True, "deleted": 1}
+        assert "/job/ok" not in client.get("/job").json["list"]
+        assert query(old_database, "SELECT count(*) FROM logs") == [(0,)]
