@@ -26,6 +26,7 @@ The file reads from top to bottom; each part uses only what stands above it:
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import binascii
 import contextvars
@@ -93,7 +94,7 @@ from typing import (
 __version__ = "1.0.0"
 __all__ = [
     "CspError", "JobCancelled", "JobError", "Registry", "Server", "Service", "Settings", "StartError", "Store",
-    "StoringHandler", "load_settings", "job", "main", "util", "web",
+    "StoringHandler", "load_settings", "job", "main", "util", "web", "wsgi_app",
 ]
 
 T = TypeVar("T")
@@ -468,8 +469,8 @@ SETTINGS = (
     Setting("CORS_ORIGINS", _origins, (), "origins such as `https://example.org` whose pages may use the service "
             "from a browser; without it none may"),
     Setting("PUBLIC_JOB_LIST", _flag, True, "anybody may list job ids (`GET /job`); off: administrators only"),
-    Setting("TRUSTED_PROXIES", _networks, (), "addresses or networks of reverse proxies whose `X-Forwarded-For` and "
-            "`X-Forwarded-Proto` are believed"),
+    Setting("TRUSTED_PROXIES", _networks, (), "addresses or networks of reverse proxies whose `X-Forwarded-For`, "
+            "`X-Forwarded-Proto` and `X-Forwarded-Host` are believed"),
     Setting("SSL_VERIFY", _flag, True, "verify the TLS certificates of callback receivers"),
     Setting("CALLBACK_HOSTS", _words, (), "where callbacks may go: nothing set means anywhere; `public` means no "
             "private, loopback or link-local address; else host names, addresses and networks"),
@@ -2598,10 +2599,12 @@ class ProxyTrust:
     def __init__(self, networks: Iterable[str]) -> None:
         self._networks = [ipaddress.ip_network(network, strict=False) for network in networks]
 
-    def identify(self, address: str, headers: Mapping[str, str], scheme: str = "http") -> Tuple[str, str]:
-        """Return the client's address and scheme."""
+    def identify(self, address: str, headers: Dict[str, str], scheme: str = "http") -> Tuple[str, str]:
+        """Return the client's address and scheme, and put the host that it named into ``headers``."""
         if not self._networks or not self.is_trusted(address):
             return address, scheme
+        if "x-forwarded-host" in headers:
+            headers["host"] = headers["x-forwarded-host"]
         forwarded = [part.strip() for part in headers.get("x-forwarded-for", "").split(",") if part.strip()]
         while forwarded and self.is_trusted(address):
             address = forwarded.pop()
@@ -3782,6 +3785,57 @@ class Server(ThreadingHTTPServer):
         self.socket.close()
 
 
+class Wsgi:
+    """A service as a WSGI application (PEP 3333), for servers with one process and many threads."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._trust = ProxyTrust(service.settings["TRUSTED_PROXIES"])
+        self._max_body_bytes: int = service.settings["MAX_BODY_BYTES"]
+
+    def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request; a streamed result that breaks off raises, so that the server cuts the connection."""
+        try:
+            response = self._service.handle(self._read_request(environ))
+        except CspError as error:
+            response = Response.error(error)
+        headers = [("Content-Type", response.content_type), *response.headers]
+        names = {name for name, _ in headers}
+        headers += [(name, value) for name, value in SECURITY_HEADERS if name not in names]
+        if not isinstance(response.body, bytes):
+            body: Iterable[bytes] = response.body
+        else:
+            headers.append(("Content-Length", str(len(response.body))))
+            body = [] if environ["REQUEST_METHOD"] == "HEAD" else [response.body]
+        start_response(f"{response.status} {_REASONS.get(response.status, '')}", headers)
+        return body
+
+    def _read_request(self, environ: Dict[str, Any]) -> Request:
+        headers = {name[5:].replace("_", "-").lower(): str(value) for name, value in environ.items()
+                   if name.startswith("HTTP_")}
+        headers["content-type"] = environ.get("CONTENT_TYPE") or ""
+        path = urllib.parse.quote(environ.get("PATH_INFO", "").encode("latin-1")) or "/"
+        target = f"{path}?{environ['QUERY_STRING']}" if environ.get("QUERY_STRING") else path
+        address, scheme = self._trust.identify(environ.get("REMOTE_ADDR") or "", headers, environ["wsgi.url_scheme"])
+        return Request(environ["REQUEST_METHOD"], target, headers, self._read_body(environ), address, scheme)
+
+    def _read_body(self, environ: Dict[str, Any]) -> bytes:
+        length = environ.get("CONTENT_LENGTH") or ""
+        if not re.fullmatch("[0-9]{0,18}", length):
+            raise BadRequest("The Content-Length is not a number.")
+        if not length and not environ.get("wsgi.input_terminated"):
+            return b""
+        wanted = int(length) if length else self._max_body_bytes + 1
+        if int(length or 0) > self._max_body_bytes:
+            raise PayloadTooLarge(f"The body is larger than {self._max_body_bytes:,} bytes.")
+        body: bytes = environ["wsgi.input"].read(wanted)
+        if length and len(body) < wanted:
+            raise BadRequest("The body is shorter than its Content-Length.")
+        if len(body) > self._max_body_bytes:
+            raise PayloadTooLarge(f"The body is larger than {self._max_body_bytes:,} bytes.")
+        return body
+
+
 class _LogFormatter(logging.Formatter):
     """One line per record, whatever was logged; an access line stands as it is."""
 
@@ -3939,11 +3993,14 @@ class Config(Mapping[str, Any]):
 
     def __init__(self) -> None:
         self._settings: Optional[Settings] = None
+        self._is_fixed = False  # by the command line, which a job module's web.init() must not undo
 
     def load(self, settings: Optional[Settings] = None) -> Settings:
-        """Put ``settings`` in force, or those that file and environment give now."""
-        self._settings = load_settings() if settings is None else settings
-        return self._settings
+        """Put ``settings`` in force, for good, or those that file and environment give now."""
+        if settings is not None or not self._is_fixed:
+            self._is_fixed = settings is not None
+            self._settings = load_settings() if settings is None else settings
+        return self.settings
 
     @property
     def settings(self) -> Settings:
@@ -3960,11 +4017,65 @@ class Config(Mapping[str, Any]):
         return len(self.settings)
 
 
+class ClientAnswer(NamedTuple):
+    """What a test client gets."""
+
+    status_code: int
+    data: bytes
+    headers: Dict[str, str]
+
+
+class ApplicationClient:
+    """Sends requests to an application without a socket, for the tests of projects that use it."""
+
+    def __init__(self, application: Application) -> None:
+        self._application = application
+        self.get = functools.partial(self._open, "GET")
+        self.post = functools.partial(self._open, "POST")
+        self.delete = functools.partial(self._open, "DELETE")
+
+    def _open(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
+              headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
+        """Answer a request; ``data`` is a body, or the fields of a form."""
+        fields = {name.lower(): value for name, value in (headers or {}).items()}
+        if isinstance(data, Mapping):
+            content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
+        if content_type is not None:
+            fields["content-type"] = content_type
+        body = data.encode("utf-8") if isinstance(data, str) else data
+        response = self._application.service.handle(Request(method, path, {"host": "localhost", **fields}, body))
+        content = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+        return ClientAnswer(response.status, content, {"Content-Type": response.content_type, **dict(response.headers)})
+
+
 class Application:
-    """What ``web.app`` is: the settings, and a way to serve the registered jobs."""
+    """What ``web.app`` is: the settings, a way to serve the registered jobs, and a WSGI application.
+
+    As the latter it starts the service with its first request and ends it with the process.
+    """
 
     def __init__(self) -> None:
         self.config = Config()
+        self._lock = threading.Lock()
+        self._service: Optional[Service] = None
+
+    @property
+    def service(self) -> Service:
+        """The service, started when first needed; raises StartError if it cannot be."""
+        with self._lock:
+            if self._service is None:
+                configure_logging(self.config.settings)
+                self._service = Service(self.config.settings, registry)
+                atexit.register(self._service.close, 1.0)
+            return self._service
+
+    def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request (PEP 3333)."""
+        return Wsgi(self.service)(environ, start_response)
+
+    def test_client(self) -> ApplicationClient:
+        """Return a client for tests: ``get``, ``post`` and ``delete``."""
+        return ApplicationClient(self)
 
     def run(self, host: Optional[str] = None, port: Union[int, str, None] = None, **options: Any) -> None:
         """Serve the jobs that have been registered until SIGTERM or Ctrl-C."""
@@ -4118,6 +4229,19 @@ def _run_command(options: argparse.Namespace) -> int:
     for name in options.jobs:
         load_jobs(name)
     return _run_once(options.run) if options.run else serve(settings, registry)
+
+
+def wsgi_app(*jobs: str) -> Application:
+    """Return the WSGI application that serves these job modules (names or .py files), for ``csp:wsgi_app("my_jobs")``.
+
+    Settings come from JOB_CONFIG and the environment. Raises StartError if a module cannot be imported.
+    """
+    _become("csp")
+    _become("ckanserviceprovider")
+    sys.path.insert(0, os.getcwd())
+    for name in jobs:
+        load_jobs(name)
+    return _application
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
