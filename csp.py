@@ -2633,6 +2633,7 @@ SECURE_COOKIE = "__Host-csp_session"  # a browser takes this name only with Secu
 FREE_FAILURES = 10  # a person who tries what the password might have been
 MANY_FAILURES = 100  # of all addresses within THROTTLE_SECONDS: an attack
 THROTTLE_SECONDS = 900.0
+LOGIN_TURNS = 8  # logins looked at the same time: each may take the 16 MB of a scrypt
 MAX_THROTTLED = 10_000  # addresses remembered; a botnet must not fill the memory
 WEAK_SECRETS = frozenset(("please_replace_me", "change_me_please", "correcthorse", "administrator", "password123",
                           "1234567890"))
@@ -2699,8 +2700,13 @@ class LoginThrottle:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._turns = [threading.Lock() for _ in range(LOGIN_TURNS)]
         self._failures: Dict[str, Tuple[int, float]] = {}  # by address: how many, when the last
         self._all: Deque[float] = deque(maxlen=MANY_FAILURES)
+
+    def turn_of(self, address: str) -> threading.Lock:
+        """Return the lock to hold from check to note, so that guesses sent at once are counted one after the other."""
+        return self._turns[hash(_address_group(address)) % LOGIN_TURNS]
 
     def check(self, address: str) -> None:
         """Raise TooManyRequests if this address has to wait."""
@@ -2766,11 +2772,12 @@ class Authenticator:
 
         Raises TooManyRequests if ``address`` has failed too often.
         """
-        self._throttle.check(address)
-        is_password = self._password.matches(password)
-        is_login = _is_same(username, self._username) and is_password
-        self._throttle.note(address, is_login)
-        return is_login
+        with self._throttle.turn_of(address):
+            self._throttle.check(address)
+            is_password = self._password.matches(password)
+            is_login = _is_same(username, self._username) and is_password
+            self._throttle.note(address, is_login)
+            return is_login
 
     def is_admin(self, request: Request) -> bool:
         """Return whether the request has the administrator's Basic credentials or a live session.

@@ -16,6 +16,7 @@ import importlib
 import io
 import json
 import logging
+import logging.handlers
 import os
 import queue
 import random
@@ -3403,6 +3404,32 @@ class TestGuessing:
         assert attempt(SETTINGS["PASSWORD"], "192.0.2.1").status == 429
         assert attempt(SETTINGS["PASSWORD"], "192.0.2.2").status == 302
 
+    @pytest.mark.parametrize(
+        "password", [SETTINGS["PASSWORD"], csp.hash_password(SETTINGS["PASSWORD"])], ids=["plain", "hash"]
+    )
+    def test_guesses_sent_at_once_are_counted_and_right_passwords_at_once_are_welcome(self, start, password):
+        auth = start(PASSWORD=password).service.auth
+
+        def attempt_all(address, password):
+            results, barrier = [], threading.Barrier(40)
+
+            def attempt():
+                barrier.wait(PATIENCE_SECONDS)
+                try:
+                    results.append(auth.is_login("admin", password, address))
+                except csp.TooManyRequests:
+                    results.append("wait")
+
+            threads = [threading.Thread(target=attempt) for _ in range(40)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            return results
+
+        assert attempt_all("192.0.2.1", "guess").count(False) == csp.FREE_FAILURES
+        assert attempt_all("192.0.2.2", SETTINGS["PASSWORD"]) == [True] * 40
+
     def test_basic_on_any_route_is_throttled_too(self, start):
         running = start()
         job = running.client.submit("echo", "hi")
@@ -6669,6 +6696,21 @@ class TestOldNames:
             timeout=PATIENCE_SECONDS,
         )
         assert (result.returncode, result.stdout) == (0, "all right\n"), result.stderr
+
+    def test_errors_are_mailed_to_the_admins(self):
+        csp.configure_logging(
+            csp.Settings(
+                {"ADMINS": "a@b.example, c@d.example", "FROM_EMAIL": "csp@b.example", "STDERR": False, "NAME": "pusher"}
+            )
+        )
+        (mail,) = logging.getLogger("csp").handlers
+        assert isinstance(mail, logging.handlers.SMTPHandler) and mail.level == logging.ERROR
+        assert (mail.mailhost, mail.fromaddr, mail.toaddrs) == (
+            "127.0.0.1",
+            "csp@b.example",
+            ["a@b.example", "c@d.example"],
+        )
+        csp.configure_logging(csp.Settings({"STDERR": False}))
 
     @linux_only
     def test_a_converters_jobs_leave_no_memory_behind(self, launch):
