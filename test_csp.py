@@ -403,7 +403,7 @@ STANDARD_LIBRARY = getattr(
     sys,
     "stdlib_module_names",
     frozenset(
-        """ resource
+        """ atexit resource
     __future__ argparse ast base64 binascii collections concurrent contextlib contextvars copy datetime email errno
     fcntl functools getpass hashlib heapq hmac html http importlib inspect io ipaddress itertools json logging math
     mimetypes operator os pathlib platform queue random re secrets select selectors shlex shutil signal socket
