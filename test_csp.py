@@ -5167,14 +5167,6 @@ class TestCommandLine:
         assert [(line["message"], line["level"]) for line in logged["logs"]] == [("just a warning", "WARNING")]
         assert logged["data"] == ">&hi"
 
-    def test_the_example_stands_in_the_documentation(self):
-        path = HERE.parent / "shared" / "seed" / "ckan-service-provider-documentation.txt"
-        if not path.exists():
-            pytest.skip("the documentation is not beside the repository")
-        text = re.sub(r"\s+", " ", path.read_text(encoding="utf-8"))
-        for part in DOCUMENTED_MODULE.replace("import logging\n", "", 1).split("\n\n"):
-            assert re.sub(r"\s+", " ", part).strip() in text
-
     def test_version(self):
         done = run_command("--version")
         assert (done.returncode, done.stdout, done.stderr) == (0, f"csp.py {csp.__version__}\n", "")
