@@ -19,7 +19,7 @@ delivered or tried for a day, whatever happens to this process in between.
 
 The file reads from top to bottom; each part uses only what stands above it:
 
-    Errors, JSON and time, Settings, Jobs, Store, Callbacks, Runner,
+    Errors, JSON and time, Settings, Metrics, Jobs, Store, Callbacks, Runner,
     Requests and responses, Auth, Service, Transports, Predecessor's names, Command line
 """
 
@@ -29,6 +29,7 @@ import argparse
 import atexit
 import base64
 import binascii
+import bisect
 import contextvars
 import email.utils
 import functools
@@ -44,6 +45,7 @@ import json
 import logging
 import logging.handlers
 import os
+import platform
 import queue
 import random
 import re
@@ -310,10 +312,19 @@ def from_json(body: bytes) -> Any:
     return value
 
 
-def timestamp(epoch_seconds: float) -> str:
-    """Return the instant as naive local time, ``%Y-%m-%dT%H:%M:%S.%f`` (always six digits)."""
-    whole, micros = divmod(round(epoch_seconds * 1_000_000), 1_000_000)
+def timestamp(instant: float) -> str:
+    """Return the instant (epoch seconds) as naive local time, ``%Y-%m-%dT%H:%M:%S.%f`` (always six digits)."""
+    whole, micros = divmod(round(instant * 1_000_000), 1_000_000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(whole))}.{micros:06d}"
+
+
+def epoch_seconds(text: str) -> float:
+    """Return the instant that a timestamp names; 0.0 if it is none (a database may hold what others wrote)."""
+    whole, _, fraction = text.partition(".")
+    try:
+        return time.mktime(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{fraction or 0}")
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,9 +469,11 @@ SETTINGS = (
     Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading its answer; a large one "
             "may take longer, see BODY_BYTES_PER_SECOND"),
     Setting("IDLE_SECONDS", _number(1, 3600, float), 60.0, "time an unused connection is kept open"),
-    Setting("MAX_CONNECTIONS", _number(1, 100_000), 1000, "connections at the same time, each of which has a thread; "
+    Setting("MAX_WAIT_SECONDS", _number(0, 86_400), 55, "the longest that `Prefer: wait` is waited; most proxies give "
+            "up after 60"),
+    Setting("MAX_CONNECTIONS", _number(1, 100_000), 2500, "connections at the same time, each of which has a thread; "
             "above it the longest unused one is closed for a new one; if all are in use the new one is answered 503"),
-    Setting("MAX_CONNECTIONS_PER_ADDRESS", _number(1, 100_000), 500, "of these from one address, unless it is a "
+    Setting("MAX_CONNECTIONS_PER_ADDRESS", _number(1, 100_000), 1250, "of these from one address, unless it is a "
             "trusted proxy; half, so that one stranger cannot take all"),
     Setting("SESSION_IDLE_SECONDS", _number(60, 10**9, float), 3600.0, "a login unused for so long is over"),
     Setting("SESSION_SECONDS", _number(60, 10**9, float), 43_200.0, "a login is over after so long, used or not"),
@@ -540,6 +553,83 @@ def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+#
+# What has happened since the start, for Prometheus (prometheus.io/docs/instrumenting/exposition_formats): counters and
+# histograms that any thread may add to; what is the case now is asked of the store and the runner.
+# ---------------------------------------------------------------------------------------------------------------------
+
+JOB_BUCKETS = (0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)  # seconds: from an echo to a large import
+REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+
+Labels = Tuple[Tuple[str, str], ...]
+
+
+class Metric:
+    """A counter, or with ``buckets`` (upper bounds in seconds) a histogram, for each set of labels."""
+
+    def __init__(self, name: str, help: str, buckets: Tuple[float, ...] = ()) -> None:
+        self.name, self._help, self._buckets = name, help, buckets
+        self._lock = threading.Lock()
+        self._counts: Dict[Labels, List[int]] = {}
+        self._sums: Dict[Labels, float] = {}
+
+    def add(self, labels: Labels = (), value: float = 1.0) -> None:
+        """Count one: in a histogram an observation of ``value`` seconds."""
+        with self._lock:
+            counts = self._counts.get(labels)
+            if counts is None:
+                counts = self._counts[labels] = [0] * (len(self._buckets) + 1)
+                self._sums[labels] = 0.0
+            counts[bisect.bisect_left(self._buckets, value) if self._buckets else 0] += 1
+            self._sums[labels] += value
+
+    def lines(self) -> List[str]:
+        """Return the metric in the text format."""
+        with self._lock:
+            rows = [(labels, list(counts), self._sums[labels]) for labels, counts in sorted(self._counts.items())]
+        if not self._buckets:
+            return metric_lines(self.name, "counter", self._help, [(labels, total) for labels, _, total in rows])
+        lines = metric_lines(self.name, "histogram", self._help, [])
+        for labels, counts, total in rows:
+            sums = itertools.accumulate(counts)
+            for bound, count in zip((*map(str, self._buckets), "+Inf"), sums):
+                lines.append(f"{self.name}_bucket{_label_text((*labels, ('le', bound)))} {count}")
+            lines.append(f"{self.name}_sum{_label_text(labels)} {total:.6f}")
+            lines.append(f"{self.name}_count{_label_text(labels)} {sum(counts)}")
+        return lines
+
+
+def metric_lines(name: str, kind: str, help: str, rows: Iterable[Tuple[Labels, float]]) -> List[str]:
+    """Return a metric in the text format: its description and a line for each (labels, value)."""
+    return [f"# HELP {name} {help}", f"# TYPE {name} {kind}",
+            *(f"{name}{_label_text(labels)} {round(value, 3):.12g}" for labels, value in rows)]
+
+
+def _label_text(labels: Labels) -> str:
+    escaped = [(name, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for name, value in labels]
+    return "{" + ",".join(f'{name}="{value}"' for name, value in escaped) + "}" if escaped else ""
+
+
+class Metrics:
+    """The counters and histograms of a service."""
+
+    def __init__(self) -> None:
+        self.started = time.time()
+        self.jobs = Metric("csp_job_duration_seconds", "Time from start to end of jobs, by type and outcome.",
+                           JOB_BUCKETS)
+        self.requests = Metric("csp_request_duration_seconds", "Time to answer requests, streams not included.",
+                               REQUEST_BUCKETS)
+        self.responses = Metric("csp_responses_total", "Answers by route and status.")
+        self.callbacks = Metric("csp_callback_attempts_total", "Attempts at callbacks by result.")
+
+    def render(self, now: List[str]) -> str:
+        """Return everything in the text format, with the lines of what is the case ``now``."""
+        metrics = (self.jobs, self.requests, self.responses, self.callbacks)
+        return "\n".join([*now, *itertools.chain.from_iterable(metric.lines() for metric in metrics), ""])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Jobs
 #
 # A job is queued, then running, then complete or error; TRANSITIONS is the whole lifecycle and finished is final.
@@ -600,6 +690,7 @@ class Job(NamedTuple):
     callback_at: Optional[float]
     callback_host: Optional[str]
     resubmitted_from: Optional[str]
+    submission_hash: Optional[str] = None
 
     @property
     def state(self) -> str:
@@ -770,6 +861,7 @@ class JobRun:
     def __init__(self, job_id: str, seq: int, attempt: int, written: Callable[[JobRun, bool], None],
                  wake: Callable[[], None]) -> None:
         self.job_id, self.seq, self.attempt = job_id, seq, attempt
+        self.started = time.monotonic()
         self.cancelled = threading.Event()
         self.ended = False
         self.old_loggers = frozenset() if _MADE_ID.fullmatch(job_id) else frozenset(_loggers_named_by(job_id))
@@ -923,23 +1015,25 @@ registry = Registry()  # what the decorators of the module ``job`` fill
 # half-done one. All SQL is here; statements are constant texts, so they stay compiled.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x43535031  # "CSP1" in the file's header (sqlite.org/pragma.html#pragma_application_id)
 BUSY_SECONDS = 5.0  # how long a write waits for another program's lock before it is answered 503
 BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last of them waits
 READERS = 2  # connections for reading: each step hands the interpreter lock over, so more of them only convoy
+ANY_JOB = ""  # what to watch for a change of whatever job
 CLEAR_SLICE = 500  # jobs deleted in one transaction, so that nobody waits behind a million rows
 
 _SCHEMA = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE, job_type TEXT NOT NULL, status TEXT NOT NULL,
-        sent_data TEXT, data, error TEXT, metadata TEXT, result_url TEXT, api_key, job_key TEXT,
         requested_timestamp TEXT, started_timestamp TEXT, finished_timestamp TEXT, run_at REAL,
-        attempts INTEGER NOT NULL DEFAULT 0,
-        synchronous INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0, progress TEXT,
-        callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0, callback_error TEXT, callback_at REAL,
-        callback_host TEXT, resubmitted_from TEXT, aps_job_id TEXT)""",  # the last is the predecessor's and not used
+        attempts INTEGER NOT NULL DEFAULT 0, synchronous INTEGER NOT NULL DEFAULT 0,
+        cancelled INTEGER NOT NULL DEFAULT 0, callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0,
+        callback_error TEXT, callback_at REAL, callback_host TEXT, result_url TEXT, api_key, job_key TEXT,
+        submission_hash TEXT, resubmitted_from TEXT, progress TEXT, metadata TEXT, error TEXT, sent_data TEXT, data,
+        aps_job_id TEXT)""",  # what may be large stands last: a row is read no further than the last column asked for
     "CREATE INDEX jobs_by_status ON jobs (status, seq)",
+    "CREATE INDEX jobs_by_type ON jobs (job_type, status, seq)",
     "CREATE INDEX jobs_queued ON jobs (run_at, seq) WHERE run_at IS NOT NULL",
     "CREATE INDEX jobs_running ON jobs (seq) WHERE status = 'pending' AND run_at IS NULL",
     "CREATE INDEX jobs_by_finish ON jobs (finished_timestamp) WHERE finished_timestamp IS NOT NULL",
@@ -953,8 +1047,12 @@ _SCHEMA = (
         funcName TEXT, lineno INTEGER, seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE)""",
     "CREATE INDEX logs_by_job ON logs (seq, log_id)",
     "CREATE TABLE counts (job_type TEXT, status TEXT, jobs INTEGER, PRIMARY KEY (job_type, status)) WITHOUT ROWID",
+    "CREATE TABLE hours (hour INTEGER, status TEXT, jobs INTEGER, PRIMARY KEY (hour, status)) WITHOUT ROWID",
     "CREATE TABLE sessions (token_hash TEXT PRIMARY KEY, created_at REAL, used_at REAL) WITHOUT ROWID",
 )
+_FILL_HOURS = """INSERT INTO hours
+    SELECT CAST(strftime('%s', finished_timestamp, 'utc') AS INTEGER) / 3600 AS hour, status, count(*) FROM jobs
+    WHERE finished_timestamp > strftime('%Y-%m-%dT%H', 'now', 'localtime', '-1 day') GROUP BY hour, status"""
 # From the predecessor's tables, renamed to old_*. What stands in them is checked, because this program splices JSON.
 _FROM_PREDECESSOR = (
     """INSERT INTO jobs (job_id, job_type, status, sent_data, data, error, metadata, result_url, api_key, job_key,
@@ -972,17 +1070,33 @@ _FROM_PREDECESSOR = (
         SELECT l.job_id, as_time(timestamp), coalesce(message, ''), level, module, funcName, lineno, seq
         FROM old_logs l JOIN jobs USING (job_id) ORDER BY l.rowid""",
     "INSERT INTO counts SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2",
+    _FILL_HOURS,
 )
+_COLUMNS_1 = """seq, job_id, job_type, status, sent_data, data, error, metadata, result_url, api_key, job_key,
+    requested_timestamp, started_timestamp, finished_timestamp, run_at, attempts, synchronous, cancelled, progress,
+    callback_status, callback_attempts, callback_error, callback_at, callback_host, resubmitted_from, aps_job_id"""
+_FROM_VERSION_1 = (
+    f"INSERT INTO jobs ({_COLUMNS_1}) SELECT {_COLUMNS_1} FROM old_jobs",
+    *(f"INSERT INTO {table} SELECT * FROM old_{table}" for table in ("metadata", "logs", "counts", "sessions")),
+    _FILL_HOURS,
+)
+_OLD_TABLES = {0: ("logs", "metadata", "jobs"), 1: ("logs", "metadata", "jobs", "counts", "sessions")}  # by version
 _JOB_COLUMNS = ", ".join(Job._fields)
 _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "status = 'pending' AND run_at IS NULL"}
 _INSERT_JOB = f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
+_SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
 _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
     callback_status = ?, callback_at = ?, api_key = ?, run_at = NULL
     WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
 _REQUEUE_JOB = f"UPDATE jobs SET run_at = ?, progress = NULL WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"
 _INSERT_LINE = """INSERT INTO logs (timestamp, message, level, module, funcName, lineno, job_id, seq)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+
+
+def sqlite_version() -> str:
+    """Return the version of SQLite in use."""
+    return sqlite3.sqlite_version
 
 
 class Transaction:
@@ -992,6 +1106,7 @@ class Transaction:
         self.execute = connection.execute
         self.executemany = connection.executemany
         self.counts: Dict[Tuple[str, str], int] = {}
+        self.hours: Dict[Tuple[int, str], int] = {}
         self.on_commit: List[Callable[[], None]] = []
         self.on_rollback: List[Callable[[], None]] = []
         self.touched: Set[str] = set()
@@ -999,6 +1114,13 @@ class Transaction:
     def count(self, job_type: str, status: str, change: int) -> None:
         """Note that there are ``change`` more jobs of that type and status."""
         self.counts[job_type, status] = self.counts.get((job_type, status), 0) + change
+
+    def count_end(self, job_type: str, status: str, now: float) -> None:
+        """Note that a pending job of that type has ended as ``status``."""
+        self.count(job_type, PENDING, -1)
+        self.count(job_type, status, 1)
+        hour = int(now // 3600)
+        self.hours[hour, status] = self.hours.get((hour, status), 0) + 1
 
 
 class Write:
@@ -1062,7 +1184,8 @@ class Store:
         self._queue: queue.SimpleQueue[Optional[Write]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards _is_closed and _watchers; never held while waiting for anything
         self._is_closed = False
-        self._watchers: Dict[str, List[threading.Event]] = {}
+        self._watchers: Dict[str, Set[threading.Event]] = {}
+        self.is_released = False
         self._trouble = ""
         self._writer = threading.Thread(target=self._run_writer, name="csp-writer", daemon=True)
         self._writer.start()
@@ -1079,6 +1202,7 @@ class Store:
                 return
             self._is_closed = True
             self._queue.put(None)
+        self.release()
         self._writer.join()
         while not self._writers.empty():
             connection = self._writers.get()
@@ -1152,6 +1276,9 @@ class Store:
                 transaction.executemany("""INSERT INTO counts VALUES (?, ?, ?)
                     ON CONFLICT (job_type, status) DO UPDATE SET jobs = jobs + excluded.jobs""",
                     [(*key, change) for key, change in transaction.counts.items() if change])
+                transaction.executemany("""INSERT INTO hours VALUES (?, ?, ?)
+                    ON CONFLICT (hour, status) DO UPDATE SET jobs = jobs + excluded.jobs""",
+                    [(*key, jobs) for key, jobs in transaction.hours.items()])
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
@@ -1187,7 +1314,7 @@ class Store:
             then()
         if self._watchers and transaction.touched:
             with self._lock:
-                for job_id in transaction.touched:
+                for job_id in (*transaction.touched, ANY_JOB):
                     for event in self._watchers.get(job_id, ()):
                         event.set()
 
@@ -1213,6 +1340,10 @@ class Store:
         rows = self._read(_SELECT_JOB + "WHERE job_id = ?", (job_id,))
         return Job._make(rows[0]) if rows else None
 
+    def get_light_jobs(self, seqs: Iterable[int]) -> List[Job]:
+        """Return the jobs with these numbers that there still are, without their ``sent_data`` and ``data``."""
+        return [Job._make(row) for seq in seqs for row in self._read(_SELECT_LIGHT + "WHERE seq = ?", (seq,))]
+
     def get_logs(self, job: Job, limit: Optional[int] = None) -> List[LogLine]:
         """Return the job's log, oldest first; with ``limit`` only the newest lines, newest first."""
         columns = "SELECT timestamp, message, level, module, funcName, lineno FROM logs WHERE seq = ? ORDER BY log_id "
@@ -1220,9 +1351,23 @@ class Store:
             return [LogLine._make(row) for row in self._read(columns, (job.seq,))]
         return [LogLine._make(row) for row in self._read(columns + "DESC LIMIT ?", (job.seq, limit))]
 
+    def list_new_logs(self, seq: int, after_log_id: int, limit: int) -> List[Tuple[int, LogLine]]:
+        """Return (log id, line) of the job's lines after that id, oldest first."""
+        rows = self._read("""SELECT log_id, timestamp, message, level, module, funcName, lineno FROM logs
+            WHERE seq = ? AND log_id > ? ORDER BY log_id LIMIT ?""", (seq, after_log_id, limit))
+        return [(row[0], LogLine._make(row[1:])) for row in rows]
+
     def list_jobs(self, limit: int, offset: int = 0, status: Optional[str] = None,
-                  metadata: Sequence[Tuple[str, str]] = (), before_seq: Optional[int] = None) -> List[Tuple[int, str]]:
-        """Return (seq, job id) of jobs, newest first; all of ``metadata`` (key, value) has to match."""
+                  metadata: Sequence[Tuple[str, str]] = (), before_seq: Optional[int] = None,
+                  job_type: Optional[str] = None) -> List[Tuple[int, str]]:
+        """Return (seq, job id) of jobs, newest first; all of ``metadata`` (key, value) has to match.
+
+        ``status`` may also be QUEUED or RUNNING.
+        """
+        if job_type is not None and status is None and not metadata:  # jobs_by_type gives each status in order
+            found = [self.list_jobs(limit + offset, 0, one, (), before_seq, job_type)
+                     for one in (PENDING, COMPLETE, ERROR)]
+            return sorted(itertools.chain.from_iterable(found), reverse=True)[offset:offset + limit]
         table, seq = "jobs j", "j.seq"
         where: List[str] = []
         values: List[Any] = []
@@ -1231,15 +1376,43 @@ class Store:
             where, values = ["m.key = ? AND m.value = ?"], list(itertools.chain.from_iterable(metadata))
             where += ["EXISTS (SELECT 1 FROM metadata o WHERE o.seq = m.seq AND o.key = ? AND o.value = ?)"
                       ] * (len(metadata) - 1)
-        if status is not None:
+        if status in _IN_STATE:
+            where.append(_IN_STATE[status])
+        elif status is not None:
             where.append("j.status = ?")
             values.append(status)
+        if job_type is not None:
+            where.append("j.job_type = ?")
+            values.append(job_type)
         if before_seq is not None:
             where.append(f"{seq} < ?")
             values.append(before_seq)
         condition = "WHERE " + " AND ".join(where) if where else ""
         return self._read(f"SELECT j.seq, j.job_id FROM {table} {condition} ORDER BY {seq} DESC LIMIT ? OFFSET ?",
                           (*values, limit, offset))
+
+    def find_jobs(self, id_prefix: str, limit: int) -> List[Tuple[int, str]]:
+        """Return (seq, job id) of the jobs whose id begins so, in the order of their ids."""
+        return self._read("SELECT seq, job_id FROM jobs WHERE job_id >= ? AND job_id < ? ORDER BY job_id LIMIT ?",
+                          (id_prefix, id_prefix + "\U0010ffff", limit))
+
+    def count_by_type(self) -> Dict[Tuple[str, str], int]:
+        """Return how many jobs there are by (job type, status)."""
+        return {key: jobs for key, jobs in list(self._counts.items()) if jobs}
+
+    def count_by_hour(self, since_hour: int) -> Dict[Tuple[int, str], int]:
+        """Return how many jobs ended by (hour, status), from that hour on; hours since 1970."""
+        rows = self._read("SELECT hour, status, jobs FROM hours WHERE hour >= ?", (since_hour,))
+        return {(hour, status): jobs for hour, status, jobs in rows}
+
+    def get_longest_due(self) -> Optional[float]:
+        """Return since when (epoch seconds) the job that runs next has been due; None if none is queued."""
+        rows = self._read("SELECT run_at, requested_timestamp FROM jobs WHERE run_at IS NOT NULL "
+                          "ORDER BY run_at, seq LIMIT 1")
+        if not rows:
+            return None
+        run_at, requested = rows[0]
+        return float(run_at) if run_at > AFTER_STOP else epoch_seconds(requested)
 
     def count_jobs(self) -> Dict[str, int]:
         """Return how many jobs are pending, complete and error, at constant cost."""
@@ -1268,28 +1441,46 @@ class Store:
             _SELECT_JOB + "WHERE callback_at IS NOT NULL AND callback_host = ? ORDER BY callback_at LIMIT ?",
             (host, limit))]
 
-    def wait_for_job(self, job_id: str, is_ready: Callable[[Job], bool], timeout_seconds: float) -> Optional[Job]:
-        """Return the job once ``is_ready`` or after the time; None if it is deleted. Woken by the writer."""
-        deadline = time.monotonic() + timeout_seconds
+    # -- waiting
+
+    @contextmanager
+    def watch(self, job_id: str) -> Iterator[threading.Event]:
+        """Give an event that the writer sets when the job (or ANY_JOB) has changed, and ``release`` for good."""
         event = threading.Event()
         with self._lock:
-            self._watchers.setdefault(job_id, []).append(event)
+            self._watchers.setdefault(job_id, set()).add(event)
+        if self.is_released:
+            event.set()
         try:
-            while True:
-                event.clear()
-                job = self.get_job(job_id)
-                if job is None or is_ready(job) or self._is_closed:
-                    return job
-                if not event.wait(deadline - time.monotonic()):
-                    return job
+            yield event
         finally:
-            self._unwatch(job_id, event)
+            with self._lock:
+                self._watchers[job_id].discard(event)
+                if not self._watchers[job_id]:
+                    del self._watchers[job_id]
 
-    def _unwatch(self, job_id: str, event: threading.Event) -> None:
+    def count_watchers(self, job_id: str) -> int:
+        """Return how many threads watch the job."""
+        return len(self._watchers.get(job_id, ()))
+
+    def release(self) -> None:
+        """Let all who wait for jobs go on: the service is about to stop."""
+        self.is_released = True
         with self._lock:
-            self._watchers[job_id].remove(event)
-            if not self._watchers[job_id]:
-                del self._watchers[job_id]
+            for event in itertools.chain.from_iterable(self._watchers.values()):
+                event.set()
+
+    def wait_for_job(self, job_id: str, is_ready: Callable[[Job], bool], timeout_seconds: float) -> Optional[Job]:
+        """Return the job once ``is_ready``, after the time or when released; None if it is deleted."""
+        deadline = time.monotonic() + timeout_seconds
+        with self.watch(job_id) as changed:
+            while True:
+                changed.clear()
+                job = self.get_job(job_id)
+                if job is None or is_ready(job) or self.is_released:
+                    return job
+                if not changed.wait(deadline - time.monotonic()):
+                    return job
 
     # -- the lifecycle
 
@@ -1358,8 +1549,7 @@ class Store:
                 return None
             if run is not None:
                 _add_lines(transaction, run)
-            transaction.count(job.job_type, PENDING, -1)
-            transaction.count(job.job_type, finished.status, 1)
+            transaction.count_end(job.job_type, finished.status, now)
             transaction.touched.add(job.job_id)
             transaction.on_commit.append(then)
             return finished
@@ -1572,20 +1762,24 @@ def _check_database(path: str) -> None:
 
 
 def _migrate(connection: sqlite3.Connection) -> None:
-    """Make the schema, and take over the predecessor's tables, in one transaction."""
+    """Make the schema, and take over the tables of the predecessor or of an older version, in one transaction."""
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute("BEGIN EXCLUSIVE")
     try:
-        old = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone()
-        for table in ("jobs", "metadata", "logs") if old else ():
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        is_old = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone() is not None
+        tables = _OLD_TABLES[version] if is_old else ()
+        for (index,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL "
+                                           "AND tbl_name IN ('jobs', 'metadata', 'logs')").fetchall():
+            connection.execute(f'DROP INDEX "{index}"')
+        for table in tables:
             connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
         for statement in _SCHEMA:
             connection.execute(statement)
-        if old:
-            _create_functions(connection)
-            for statement in _FROM_PREDECESSOR:
-                connection.execute(statement)
-        for table in ("logs", "metadata", "jobs") if old else ():
+        _create_functions(connection)
+        for statement in (_FROM_VERSION_1 if version else _FROM_PREDECESSOR) if is_old else ():
+            connection.execute(statement)
+        for table in tables:
             connection.execute(f"DROP TABLE old_{table}")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -1836,8 +2030,9 @@ class CallbackSender:
     """Sends due callbacks until they are accepted or given up. ``notify`` and ``stop`` may be called by any thread."""
 
     def __init__(self, store: Store, ssl_verify: bool = True, secret: Optional[str] = None,
-                 policy: Optional[CallbackPolicy] = None) -> None:
+                 policy: Optional[CallbackPolicy] = None, metrics: Optional[Metrics] = None) -> None:
         self._store = store
+        self._metrics = metrics or Metrics()
         self._secret = secret
         self._opener = urllib.request.OpenerDirector()
         for handler in (_CallbackHandler(policy or CallbackPolicy(), ssl_verify, self._watch), _NoRedirects(),
@@ -1932,7 +2127,8 @@ class CallbackSender:
         try:
             answer = self._send(job)
             next_at = next_callback_at(job.callback_attempts + 1, answer, time.time())
-            status = "delivered" if answer.error is None else "failed" if next_at is None else "pending"
+            status = "delivered" if answer.error is None else "failed" if next_at is None else PENDING
+            self._metrics.callbacks.add((("result", {PENDING: "retry", "failed": "given_up"}.get(status, status)),))
             self._store.mark_callback(job, status, answer.error, next_at)
         except Unavailable:
             next_at = time.time() + 1.0
@@ -2072,6 +2268,15 @@ def _encode_part(part: Any) -> bytes:
     return part.encode("utf-8")
 
 
+def _join_stream(parts: Iterable[Any]) -> Union[str, bytes]:
+    """Return a streamed result in one piece, as text if it is UTF-8."""
+    data = b"".join(part if isinstance(part, bytes) else _encode_part(part) for part in parts)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
+
+
 class Runner:
     """Runs jobs: queued ones in ``executor``, at most ``workers`` at a time, synchronous ones in the caller's thread.
 
@@ -2080,8 +2285,10 @@ class Runner:
     """
 
     def __init__(self, store: Store, registry: Registry, workers: int,
-                 notify_callback: Callable[[str, float], None], executor: Optional[Executor] = None) -> None:
+                 notify_callback: Callable[[str, float], None], executor: Optional[Executor] = None,
+                 metrics: Optional[Metrics] = None) -> None:
         self._store, self._registry, self._workers = store, registry, workers
+        self._metrics = metrics or Metrics()
         self._notify_callback = notify_callback
         self._executor = executor or ThreadPoolExecutor(workers + ABANDONED_THREADS, "csp-job")
         self._condition = threading.Condition()  # guards what follows
@@ -2095,6 +2302,11 @@ class Runner:
         self._recover()
         self._thread = threading.Thread(target=self._run, name="csp-runner", daemon=True)
         self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """How many jobs run now."""
+        return len(self._running)
 
     def wake(self) -> None:
         """Say that there may be a job to run."""
@@ -2234,8 +2446,11 @@ class Runner:
                 self._requeue(job, time.time() + BACKOFF_SECONDS[0], run, f"It could not be started: {error}.")
 
     def _work(self, job: Job, job_type: JobType, run: JobRun) -> None:
-        outcome = call_function(job_type.function, run, job.read_input, streams=False)
-        assert isinstance(outcome, Outcome)
+        outcome = call_function(job_type.function, run, job.read_input, streams=job_type.synchronous)
+        if not isinstance(outcome, Outcome):
+            stream = outcome
+            outcome = call_function(lambda *_: _join_stream(stream()), run, dict, streams=False)
+            assert isinstance(outcome, Outcome)
         if outcome.may_retry and job.attempts <= job_type.retries and not run.cancelled.is_set():
             self._retry(job, outcome, run)
         else:
@@ -2291,6 +2506,8 @@ class Runner:
         """
         run.ended = True
         then = self._due(job)
+        self._metrics.jobs.add((("job_type", job.job_type), ("status", outcome.status)),
+                               time.monotonic() - run.started)
         try:
             return self._store.mark_finished(job, outcome, run, then)
         except ValueError as error:
@@ -2489,6 +2706,15 @@ class Request:
         except ValueError:
             return {}
 
+    @property
+    def preferences(self) -> Dict[str, str]:
+        """The preferences of Prefer headers, by lower-case name, the first of each (RFC 7240, section 2)."""
+        found: Dict[str, str] = {}
+        for preference in self.headers.get("prefer", "").split(","):
+            name, _, value = preference.partition(";")[0].partition("=")
+            found.setdefault(name.strip().lower(), value.strip().strip('"'))
+        return found
+
     def cookie(self, name: str) -> Optional[str]:
         """Return the cookie's value (RFC 6265, section 5.4), None if it was not sent."""
         for pair in self.headers.get("cookie", "").split(";"):
@@ -2539,6 +2765,12 @@ class Response:
         return cls(200, body, kind, headers)
 
 
+def render_event(name: str, value: Any, event_id: Optional[int] = None) -> bytes:
+    """Return a Server-Sent Event (html.spec.whatwg.org/multipage/server-sent-events.html) with ``value`` as JSON."""
+    identifier = "" if event_id is None else f"id: {event_id}\n"
+    return f"event: {name}\n{identifier}data: {to_json(value)}\n\n".encode("utf-8")
+
+
 def _raw_result(data: Union[str, bytes, None]) -> Tuple[bytes, str]:
     """Return the result's bytes, a string as its text, and the media type unless the metadata knows better."""
     if isinstance(data, bytes):
@@ -2561,12 +2793,12 @@ class Router:
     """Finds the endpoint of a request by dictionary."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
-        self._methods: Dict[Tuple[str, ...], Dict[str, Callable[..., Response]]] = {}
+        self._methods: Dict[Tuple[str, ...], Dict[str, Route]] = {}
         for route in routes:
-            self._methods.setdefault(tuple(route.path.strip("/").split("/")), {})[route.method] = route.endpoint
+            self._methods.setdefault(tuple(route.path.strip("/").split("/")), {})[route.method] = route
 
-    def find(self, request: Request) -> Tuple[Callable[..., Response], List[str]]:
-        """Return endpoint and path arguments; raise NotFound, or MethodNotAllowed with ``Allow``."""
+    def find(self, request: Request) -> Tuple[Route, List[str]]:
+        """Return the route and the path's arguments; raise NotFound, or MethodNotAllowed with ``Allow``."""
         segments = tuple(request.path.rstrip("/")[1:].split("/"))
         arguments: List[str] = []
         methods = self._methods.get(segments)
@@ -2575,10 +2807,10 @@ class Router:
             arguments = [_decode_segment(segments[1])]
         if methods is None:
             raise NotFound("There is nothing at this address; GET / says where the documentation is.")
-        endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
-        if endpoint is None:
+        route = methods.get("GET" if request.method == "HEAD" else request.method)
+        if route is None:
             raise MethodNotAllowed("This method is not for this address.", [("Allow", allowed_methods(methods))])
-        return endpoint, arguments
+        return route, arguments
 
 
 def allowed_methods(methods: Iterable[str]) -> str:
@@ -2887,6 +3119,12 @@ API_VERSION = 0.1  # of the documented interface; not this program's version
 HELP = "https://pypi.org/project/ckanserviceprovider/ documents the interface; README.md of csp.py what is added to it."
 FIRST_ATTEMPT_SECONDS = 2.0  # how long a synchronous submit waits for the first attempt at its callback
 CLEAR_SECONDS = 86_400.0
+KEEP_ALIVE_SECONDS = 15.0  # between comments in a quiet stream: proxies give up after 30 or 60, and who has left shows
+EVENT_SECONDS = 0.1  # between looks at a job that changes all the time, and more
+EVENT_SECONDS_PER_WATCHER = 0.001  # for each who watches it: together they look a thousand times a second at most
+STATS_SECONDS = 1.0
+MAX_EVENT_LINES = 500  # log lines read at a time
+STREAM_HEADERS = (("X-Accel-Buffering", "no"),)  # nginx would hold events back
 SUBMIT_KEYS = frozenset(("job_type", "api_key", "data", "result_url", "metadata"))
 _BAD_ID = re.compile(r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -2899,6 +3137,12 @@ class Submission(NamedTuple):
     data: Optional[str]
     metadata: Optional[str]
     result_url: Optional[str]
+
+    def hash(self, job_key: str) -> str:
+        """Return what tells that another body is the same as this, without keeping its api_key."""
+        values = [json.loads(text) if text else None for text in (self.data, self.metadata)]
+        text = json.dumps([self.job_type.name, self.api_key, self.result_url, *values], sort_keys=True)
+        return hmac.new(job_key.encode("ascii"), text.encode("ascii"), hashlib.sha256).hexdigest()
 
 
 def read_body(request: Request) -> Dict[str, Any]:
@@ -2979,17 +3223,24 @@ class Service:
         self.database = database_path(self.settings["SQLALCHEMY_DATABASE_URI"])
         self.store = Store(self.database)
         self.auth = Authenticator(self.store, self.settings)
+        self.metrics = Metrics()
         self.callbacks = CallbackSender(self.store, self.settings["SSL_VERIFY"], self.settings["CALLBACK_SECRET"],
-                                        CallbackPolicy(self.settings["CALLBACK_HOSTS"]))
-        self.runner = Runner(self.store, registry, self.settings["WORKERS"], self.callbacks.notify)
+                                        CallbackPolicy(self.settings["CALLBACK_HOSTS"]), self.metrics)
+        self.runner = Runner(self.store, registry, self.settings["WORKERS"], self.callbacks.notify,
+                             metrics=self.metrics)
         self._router = Router(ROUTES)
         self._closing = threading.Event()
         if self.settings["AUTO_CLEAR"]:
             threading.Thread(target=self._clear_daily, name="csp-clear", daemon=True).start()
 
+    def release(self) -> None:
+        """End event streams and answer who waits for a job: the service is about to stop."""
+        self._closing.set()
+        self.store.release()
+
     def close(self, grace_seconds: Optional[float] = None) -> bool:
         """Stop: running jobs get the grace period, the rest stays on disk. Return whether every job had ended."""
-        self._closing.set()
+        self.release()
         is_done = self.runner.stop(self.settings["GRACE_SECONDS"] if grace_seconds is None else grace_seconds)
         self.callbacks.stop(1.0)
         self.store.close()
@@ -2997,7 +3248,11 @@ class Service:
 
     def handle(self, request: Request) -> Response:
         """Answer a request; never raises."""
-        response = self._answer(request)
+        started = time.perf_counter()
+        route, response = self._answer(request)
+        labels = (("method", route.method), ("route", route.path)) if route else (("method", ""), ("route", ""))
+        self.metrics.requests.add(labels, time.perf_counter() - started)
+        self.metrics.responses.add((*labels, ("status", str(response.status))))
         if self.settings["CORS_ORIGINS"]:
             response.headers += self._cors_headers(request)
         return response
@@ -3009,21 +3264,24 @@ class Service:
             return [("Vary", "Origin")]
         return [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin),
                 ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE"),
-                ("Access-Control-Allow-Headers", "Authorization, Content-Type, Prefer"),
-                ("Access-Control-Expose-Headers", "Link, Retry-After"), ("Access-Control-Max-Age", "600")]
+                ("Access-Control-Allow-Headers", "Authorization, Content-Type, Last-Event-ID, Prefer"),
+                ("Access-Control-Expose-Headers", "Link, Preference-Applied, Retry-After"),
+                ("Access-Control-Max-Age", "600")]
 
-    def _answer(self, request: Request) -> Response:
+    def _answer(self, request: Request) -> Tuple[Optional[Route], Response]:
+        route: Optional[Route] = None
         try:
             if request.method == "OPTIONS":
-                return self._answer_options(request)
-            endpoint, arguments = self._router.find(request)
-            return endpoint(self, request, *arguments)
+                return None, self._answer_options(request)
+            route, arguments = self._router.find(request)
+            return route, route.endpoint(self, request, *arguments)
         except CspError as error:
-            return Response.error(error)
+            return route, Response.error(error)
         except Exception:  # noqa: BLE001 - a defect of ours must not end the connection without an answer
             incident = secrets.token_hex(4)
             log.exception("incident %s at %s %s", incident, request.method, clean(request.path))
-            return Response.error(CspError(f"Something went wrong; the service's log has it as incident {incident}."))
+            return route, Response.error(CspError("Something went wrong; the service's log has it as incident "
+                                                  f"{incident}."))
 
     def _answer_options(self, request: Request) -> Response:
         try:
@@ -3106,32 +3364,78 @@ class Service:
         submission = check_submission(read_body(request), self.registry)
         if job_id is not None:
             check_job_id(job_id)
-        return self._submit(submission, job_id)
+        return self._submit(request, submission, job_id)
 
-    def _submit(self, submission: Submission, job_id: Optional[str] = None, origin: Optional[str] = None) -> Response:
+    def put_job(self, request: Request, job_id: str) -> Response:
+        """Submit a job under an id of your own, or return the one that the same body has submitted before."""
+        submission = check_submission(read_body(request), self.registry)
+        check_job_id(job_id)
+        try:
+            if self.store.get_job(job_id) is None:
+                return self._submit(request, submission, job_id)
+        except Conflict:
+            log.debug("job %s has just been submitted by another request", clean(job_id))
+        known = self.store.get_job(job_id)
+        wait, applied = self._read_preferences(request)
+        if known is None or known.submission_hash is None or not hmac.compare_digest(
+                known.submission_hash, submission.hash(known.job_key)):
+            raise Conflict(f"job_id {job_id} already exists")
+        return self._answer_with(known, wait, applied)
+
+    def _submit(self, request: Request, submission: Submission, job_id: Optional[str] = None,
+                origin: Optional[str] = None) -> Response:
         if not self.auth.may_submit(submission.api_key):
             raise Forbidden("This api_key may not submit jobs.")
         limit = self.settings["MAX_PENDING"]
         if limit is not None and self.store.count_jobs()[PENDING] >= limit:
             raise Unavailable(f"There are {limit:,} unfinished jobs already; try again later.", 30)
-        job = self._new_job(submission, job_id or str(uuid.uuid4()), origin)
+        wait, applied = self._read_preferences(request)
+        job = self._new_job(submission, job_id, origin, submission.job_type.synchronous and not applied)
         if job.synchronous:
             return self._run_now(job, is_new_id=job_id is None)
         self.store.add_job(job, self.runner.wake).wait()
-        return Response(200, render_job(job, (), job_key=True))
+        if wait:
+            return self._answer_with(job, wait, applied)
+        return Response(200, render_job(job, (), job_key=True), headers=applied)
 
-    def _new_job(self, submission: Submission, job_id: str, origin: Optional[str]) -> Job:
+    def _read_preferences(self, request: Request) -> Tuple[int, List[Tuple[str, str]]]:
+        """Return how many seconds to wait for the job to finish, and the field that says which preferences count.
+
+        Whoever sends ``wait`` wants an answer in that time, so that a synchronous job is queued then, too.
+        """
+        given = request.preferences
+        applied = ["respond-async"] if given.get("respond-async") == "" else []
+        wait = 0
+        if re.fullmatch("[0-9]{1,9}", given.get("wait", "")):
+            wait = min(int(given["wait"]), self.settings["MAX_WAIT_SECONDS"])
+            applied.append(f"wait={wait}")
+        return wait, [("Preference-Applied", ", ".join(applied))] if applied else []
+
+    def _wait(self, job: Job, seconds: int) -> Job:
+        """Return the job as it is when it has finished or the time is over; raise NotFound if it is deleted."""
+        current = self.store.wait_for_job(job.job_id, lambda job: job.status != PENDING, seconds) if seconds else job
+        if current is None or current.seq != job.seq:
+            raise NotFound("job_id not found")
+        return current
+
+    def _answer_with(self, job: Job, wait: int, applied: List[Tuple[str, str]]) -> Response:
+        job = self._wait(job, wait)
+        return Response(200, render_job(job, self.store.get_logs(job), job_key=True), headers=applied)
+
+    def _new_job(self, submission: Submission, job_id: Optional[str], origin: Optional[str],
+                 is_synchronous: bool) -> Job:
         now = time.time()
-        is_synchronous = submission.job_type.synchronous
+        job_key = secrets.token_hex(16)
         return Job(
-            seq=self.store.take_seq(), job_id=job_id, job_type=submission.job_type.name, status=PENDING,
-            sent_data=submission.data, data=None, error=None, metadata=submission.metadata,
-            result_url=submission.result_url, api_key=submission.api_key, job_key=secrets.token_hex(16),
+            seq=self.store.take_seq(), job_id=job_id or str(uuid.uuid4()), job_type=submission.job_type.name,
+            status=PENDING, sent_data=submission.data, data=None, error=None, metadata=submission.metadata,
+            result_url=submission.result_url, api_key=submission.api_key, job_key=job_key,
             requested_timestamp=timestamp(now), started_timestamp=timestamp(now) if is_synchronous else None,
             finished_timestamp=None, run_at=None if is_synchronous else now, attempts=int(is_synchronous),
             synchronous=int(is_synchronous), cancelled=0, progress=None, callback_status=None, callback_attempts=0,
             callback_error=None, callback_at=None, resubmitted_from=origin,
-            callback_host=callback_host(submission.result_url) if submission.result_url else None)
+            callback_host=callback_host(submission.result_url) if submission.result_url else None,
+            submission_hash=submission.hash(job_key) if job_id is not None else None)
 
     def _run_now(self, job: Job, is_new_id: bool) -> Response:
         """Run a synchronous job and answer with it, or with the stream that it returned."""
@@ -3160,17 +3464,22 @@ class Service:
 
     def show_job(self, request: Request, job_id: str) -> Response:
         """Show a job and its log."""
-        job = self._find_job(request, job_id)
-        return Response(200, render_job(job, self.store.get_logs(job, request.number("limit", None))))
+        limit = request.number("limit", None)
+        wait, applied = self._read_preferences(request)
+        job = self._wait(self._find_job(request, job_id), wait)
+        return Response(200, render_job(job, self.store.get_logs(job, limit)), headers=applied)
 
     def show_data(self, request: Request, job_id: str) -> Response:
         """Show the raw result of a job."""
-        job = self._find_job(request, job_id)
+        wait, applied = self._read_preferences(request)
+        job = self._wait(self._find_job(request, job_id), wait)
         if job.status == ERROR:
-            return Response(409, f'{{"error": {job.error or "null"}}}'.encode("utf-8"))
+            return Response(409, f'{{"error": {job.error or "null"}}}'.encode("utf-8"), headers=applied)
         if job.status != COMPLETE:
-            raise Conflict(f"job {job_id} has not finished yet")
-        return Response.data(job)
+            raise Conflict(f"job {job_id} has not finished yet", headers=applied)
+        response = Response.data(job)
+        response.headers += applied
+        return response
 
     def delete_job(self, request: Request, job_id: str) -> Response:
         """Delete a job with its log and metadata; if it runs, tell it to stop and drop its result."""
@@ -3202,7 +3511,7 @@ class Service:
         if set(body) - {"api_key"}:
             raise Conflict("Too many arguments. The body may hold an api_key and nothing else")
         again = {**job.read_input(), "api_key": body.get("api_key", job.api_key)}
-        return self._submit(check_submission(again, self.registry), origin=job.job_id)
+        return self._submit(request, check_submission(again, self.registry), origin=job.job_id)
 
     def send_callback(self, request: Request, job_id: str) -> Response:
         """Send a finished job's callback again; the body may bring the api_key, if the old one is erased."""
@@ -3216,6 +3525,98 @@ class Service:
         then = functools.partial(self.callbacks.notify, job.callback_host, time.time())
         self.store.mark_callback_due(job, api_key, then)
         return self.show_job(request, job_id)
+
+
+    # -- events
+
+    def stream_job_events(self, request: Request, job_id: str) -> Response:
+        """Stream what happens to a job as Server-Sent Events, until it has ended."""
+        job = self._find_job(request, job_id)
+        last_id = request.headers.get("last-event-id") or dict(request.query).get("last_event_id") or "0"
+        if not re.fullmatch("[0-9]{1,18}", last_id):
+            raise Conflict("Last-Event-ID has to be an id that this stream has sent")
+        return Response(200, self._job_events(request, job, int(last_id)), "text/event-stream", STREAM_HEADERS)
+
+    def _job_events(self, request: Request, job: Job, last_id: int) -> Iterator[bytes]:
+        """Yield the events in the order of the log; many at once when much happens, see EVENT_SECONDS."""
+        shown: Optional[Job] = None
+        with self.store.watch(job.job_id) as changed:
+            while True:
+                changed.clear()
+                current = next(iter(self.store.get_light_jobs([job.seq])), None)  # before the log: its end is its last
+                if current is None:
+                    yield render_event("status", {"status": "deleted", "state": "deleted"})
+                    return
+                lines = self.store.list_new_logs(job.seq, last_id, MAX_EVENT_LINES)
+                while lines:
+                    yield b"".join(render_event("log", line._asdict(), log_id) for log_id, line in lines)
+                    last_id = lines[-1][0]
+                    lines = self.store.list_new_logs(job.seq, last_id, MAX_EVENT_LINES)
+                yield b"".join(_change_events(shown, current))
+                shown = current
+                if current.status != PENDING or self.store.is_released:
+                    return
+                if changed.wait(KEEP_ALIVE_SECONDS):
+                    watchers = self.store.count_watchers(job.job_id)
+                    self._closing.wait(EVENT_SECONDS + watchers * EVENT_SECONDS_PER_WATCHER)
+                elif self.auth.may_see(request, job):
+                    yield b": keep-alive\n\n"
+                else:
+                    return
+
+    def stream_events(self, request: Request) -> Response:
+        """Stream the numbers of jobs as Server-Sent Events, whenever they change."""
+        return Response(200, self._stats_events(), "text/event-stream", STREAM_HEADERS)
+
+    def _stats_events(self) -> Iterator[bytes]:
+        shown: Dict[str, int] = {}
+        with self.store.watch(ANY_JOB) as changed:
+            while not self.store.is_released:
+                changed.clear()
+                stats = self._count_states()
+                yield render_event("stats", stats) if stats != shown else b""
+                shown = stats
+                if not changed.wait(KEEP_ALIVE_SECONDS):
+                    yield b": keep-alive\n\n"
+                self._closing.wait(STATS_SECONDS)
+
+    def _count_states(self) -> Dict[str, int]:
+        """Return how many jobs wait, run, are complete and failed."""
+        totals, running = self.store.count_jobs(), self.runner.running
+        return {QUEUED: max(0, totals[PENDING] - running), RUNNING: running, COMPLETE: totals[COMPLETE],
+                ERROR: totals[ERROR]}
+
+    # -- for machines
+
+    def show_metrics(self, request: Request) -> Response:
+        """Show what there is to measure, in the text format of Prometheus."""
+        due_since = self.store.get_longest_due()
+        states = self._count_states()
+        by_type = [((("job_type", job_type), ("status", status)), jobs)
+                   for (job_type, status), jobs in sorted(self.store.count_by_type().items())]
+        build = (("version", __version__), ("python", platform.python_version()), ("sqlite", sqlite_version()))
+        lines = [
+            *metric_lines("csp_build_info", "gauge", "What runs here.", [(build, 1)]),
+            *metric_lines("process_start_time_seconds", "gauge", "When the service started (seconds since 1970).",
+                          [((), self.metrics.started)]),
+            *metric_lines("csp_jobs", "gauge", "Jobs in the database by type and status.", by_type),
+            *metric_lines("csp_jobs_running", "gauge", "Jobs that run.", [((), states[RUNNING])]),
+            *metric_lines("csp_jobs_waiting", "gauge", "Jobs that wait to be run.", [((), states[QUEUED])]),
+            *metric_lines("csp_jobs_longest_waiting_seconds", "gauge", "How long the job that runs next has been due.",
+                          [((), max(0.0, time.time() - due_since) if due_since else 0.0)]),
+        ]
+        return Response(200, self.metrics.render(lines).encode("utf-8"), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _change_events(shown: Optional[Job], current: Job) -> Iterator[bytes]:
+    """Yield the events for what is other than what was ``shown`` last."""
+    if current.progress is not None and (shown is None or shown.progress != current.progress):
+        yield render_event("progress", json.loads(current.progress))
+    if shown is None or (shown.state, shown.attempts) != (current.state, current.attempts):
+        yield render_event("status", {
+            "status": current.status, "state": current.state, "attempts": current.attempts,
+            "started_timestamp": current.started_timestamp, "finished_timestamp": current.finished_timestamp,
+            "error": json.loads(current.error) if current.error else None})
 
 
 class _Prepended:
@@ -3235,6 +3636,8 @@ class _Prepended:
 ROUTES = (
     Route("GET", "/", Service.show_help, "where the documentation is"),
     Route("GET", "/status", Service.show_status, "version, job types, name, numbers of jobs"),
+    Route("GET", "/events", Service.stream_events, "numbers of jobs, as they change"),
+    Route("GET", "/metrics", Service.show_metrics, "measurements for Prometheus"),
     Route("GET", "/login", Service.log_in, "begin a session with Basic auth"),
     Route("POST", "/login", Service.log_in, "begin a session with Basic auth or a form"),
     Route("GET", "/logout", Service.log_out, "end the session"),
@@ -3244,8 +3647,10 @@ ROUTES = (
     Route("DELETE", "/job", Service.clear_jobs, "clear old jobs"),
     Route("GET", "/job/<job_id>", Service.show_job, "show a job"),
     Route("POST", "/job/<job_id>", Service.submit, "submit a job under an id of your own"),
+    Route("PUT", "/job/<job_id>", Service.put_job, "submit a job under an id of your own; may be repeated"),
     Route("DELETE", "/job/<job_id>", Service.delete_job, "delete a job"),
     Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job"),
+    Route("GET", "/job/<job_id>/events", Service.stream_job_events, "what happens to a job, as it happens"),
     Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job"),
     Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "submit a job again"),
     Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again"),
@@ -3612,18 +4017,19 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _send_stream(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
         """Send a streamed body in chunks, to HTTP/1.0 until the end of the connection."""
         assert not isinstance(response.body, bytes)
+        is_head = self._head is not None and self._head.method == "HEAD"
         is_chunked = self._head is not None and not self._head.is_http_1_0
         framing = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
         sent = 0
         try:
             self.connection.sendall(self._build_head(response, framing, keeps_alive and is_chunked))
-            for part in response.body:
+            for part in response.body if not is_head else ():
                 if part:
                     sent += len(part)
                     self.connection.sendall(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
-            if is_chunked:
+            if is_chunked and not is_head:
                 self.connection.sendall(b"0\r\n\r\n")
-        except StreamBroken:
+        except (StreamBroken, Unavailable):
             return sent, False
         finally:
             getattr(response.body, "close", lambda: None)()
@@ -3780,6 +4186,7 @@ class Server(ThreadingHTTPServer):
     def stop(self, timeout_seconds: float) -> None:
         """Accept no more, let requests under way end, close the rest of the connections when they are idle."""
         self.is_stopping = True
+        self.service.release()
         self.shutdown()
         self.server_close()
         with self._lock:
@@ -3810,7 +4217,7 @@ class Wsgi:
         names = {name for name, _ in headers}
         headers += [(name, value) for name, value in SECURITY_HEADERS if name not in names]
         if not isinstance(response.body, bytes):
-            body: Iterable[bytes] = response.body
+            body: Iterable[bytes] = response.body if environ["REQUEST_METHOD"] != "HEAD" else []
         else:
             headers.append(("Content-Length", str(len(response.body))))
             body = [] if environ["REQUEST_METHOD"] == "HEAD" else [response.body]

@@ -89,7 +89,8 @@ class Client:
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
-            answer = Answer(response.status, response.headers, response.read())
+            is_stream = response.headers["Content-Type"] == "text/event-stream"  # of which the beginning is enough
+            answer = Answer(response.status, response.headers, response.read1() if is_stream else response.read())
             RESPONSES.append(str(response.headers).encode("utf-8", "replace") + answer.body)
             return answer
         finally:
@@ -1062,6 +1063,7 @@ VALUES = {
     "MAX_HEADER_BYTES": whole(1000, 2**20),
     "MAX_HEADER_FIELDS": whole(10, 10_000),
     "BODY_BYTES_PER_SECOND": whole(1, 2**30),
+    "MAX_WAIT_SECONDS": whole(0, 86_400),
     "MAX_CONNECTIONS": whole(1, 100_000),
     "MAX_CONNECTIONS_PER_ADDRESS": whole(1, 100_000),
     "MAX_PENDING": ([(None, None), ("", None), (1, 1), ("5", 5)], [0, -1, "x", "1.5", 10**13]),
@@ -5433,7 +5435,7 @@ class TestResponses:
             ("POST", "/status", "GET, HEAD, OPTIONS"),
             ("PUT", "/job", "DELETE, GET, HEAD, OPTIONS, POST"),
             ("DELETE", "/login", "GET, HEAD, OPTIONS, POST"),
-            ("PATCH", "/job/x", "DELETE, GET, HEAD, OPTIONS, POST"),
+            ("PATCH", "/job/x", "DELETE, GET, HEAD, OPTIONS, POST, PUT"),
             ("POST", "/job/x/data", "GET, HEAD, OPTIONS"),
             ("GET", "/job/x/cancel", "OPTIONS, POST"),
         ],
@@ -5812,10 +5814,9 @@ class TestService:
         }
         for route in csp.ROUTES:
             kind = "safe" if route.method == "GET" else "change"
-            is_open = route.path in ("/", "/status", "/user", "/logout") or (route.path, route.method) in (
-                ("/job", "GET"),
-                ("/job", "POST"),
-                ("/job/<job_id>", "POST"),
+            is_open = route.path in ("/", "/status", "/events", "/metrics", "/user", "/logout") or (
+                (route.path, route.method) in (("/job", "GET"), ("/job", "POST"))
+                or (route.path == "/job/<job_id>" and route.method in ("POST", "PUT"))
             )
             may = is_open or is_admin[kind] or (who == "key" and "<job_id>" in route.path)
             if route.path == "/login" or (route.method, route.path) == ("DELETE", "/job/<job_id>"):
@@ -5824,11 +5825,11 @@ class TestService:
                 assert client.request("GET", "/logout", headers=from_where).status == 302
                 continue
             body = json.dumps(submission(data="x")) if route.path.endswith(("/job", "<job_id>")) else None
-            target = route.path.replace("<job_id>", "a-new-one" if route.method == "POST" and body else job["job_id"])
+            target = route.path.replace("<job_id>", "a-new-one" if route.method in ("POST", "PUT") and body else job["job_id"])
             answer = client.request(
                 route.method,
                 target,
-                body if route.method == "POST" else None,
+                body if route.method in ("POST", "PUT") else None,
                 {**headers, **from_where, "Content-Type": "application/json"},
             )
             assert (answer.status != 403) == may, (route.method, route.path, answer.status)
