@@ -20,7 +20,7 @@ delivered or tried for a day, whatever happens to this process in between.
 The file reads from top to bottom; each part uses only what stands above it:
 
     Errors, JSON and time, Settings, Metrics, Jobs, Store, Callbacks, Runner,
-    Requests and responses, Auth, Service, Transports, Predecessor's names, Command line
+    Requests and responses, Auth, API description, Service, Transports, Predecessor's names, Command line
 """
 
 from __future__ import annotations
@@ -2642,6 +2642,7 @@ class Runner:
 # is a status, header fields and a body, or an iterator of bytes where a result is streamed.
 # ---------------------------------------------------------------------------------------------------------------------
 
+ANYBODY, JOB_KEY, ADMIN = "all", "job key, admin, secure key", "admin, secure key"  # who may use a route
 MAX_LISTED = 10_000  # job ids in one answer; the Link header leads on
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -2781,12 +2782,21 @@ def _raw_result(data: Union[str, bytes, None]) -> Tuple[bytes, str]:
 
 
 class Route(NamedTuple):
-    """A row of the route table: ``path`` may hold ``<job_id>`` as a segment; ``summary`` is for documentation."""
+    """A row of the route table. ``path`` may hold ``<job_id>`` as a segment.
+
+    The rest is for documentation: ``answer`` names a schema or is a media type, ``access`` says who may, ``body``
+    names a schema, ``parameters`` are names of query parameters and header fields, ``refusals`` statuses.
+    """
 
     method: str
     path: str
     endpoint: Callable[..., Response]
     summary: str
+    answer: str
+    access: str = ANYBODY
+    body: str = ""
+    parameters: Tuple[str, ...] = ()
+    refusals: Tuple[int, ...] = ()
 
 
 class Router:
@@ -3109,6 +3119,158 @@ def local_path(path: Optional[str], default: str = "/user") -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# API description
+#
+# OpenAPI 3.1 (spec.openapis.org/oas/v3.1), made from the table of routes and the endpoints' docstrings. Schemas are
+# JSON Schema 2020-12; what is said once about a field, a parameter or a refusal is said here.
+# ---------------------------------------------------------------------------------------------------------------------
+
+Schema = Dict[str, Any]
+
+
+def _object(required: str, **properties: Schema) -> Schema:
+    """Return the schema of an object; ``required`` names those of its properties that are always there."""
+    return {"type": "object", "required": required.split(), "properties": properties}
+
+
+_TEXT: Schema = {"type": "string"}
+_WHOLE: Schema = {"type": "integer", "minimum": 0}
+_ANY: Schema = {"description": "any JSON"}
+_TIME: Schema = {"type": ["string", "null"], "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}$",
+                 "description": "local time without zone"}
+_API_KEY: Schema = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "number"}], "description":
+                    "handed to the callback, as the Authorization header or, as `Name: value`, as a header of its own"}
+_URL: Schema = {"type": ["string", "null"], "description": "an http(s) address: where the job is POSTed when it ends"}
+
+
+def _nullable(name: str) -> Schema:
+    return {"anyOf": [{"$ref": "#/components/schemas/" + name}, {"type": "null"}]}
+
+
+_JOB: Dict[str, Schema] = {
+    "job_id": _TEXT, "job_type": _TEXT, "status": {"enum": [PENDING, COMPLETE, ERROR]}, "sent_data": _ANY,
+    "data": {"description": "what the function returned; bytes as {\"base64\": …}"}, "error": _nullable("JobError"),
+    "metadata": {"type": "object"}, "logs": {"type": "array", "items": {"$ref": "#/components/schemas/LogLine"}},
+    "result_url": _URL, "requested_timestamp": _TIME, "started_timestamp": _TIME, "finished_timestamp": _TIME,
+    "progress": _nullable("Progress"), "attempts": _WHOLE, "callback": _nullable("Callback"),
+    "resubmitted_from": {"type": ["string", "null"]}}
+SCHEMAS: Dict[str, Schema] = {
+    "Error": _object("error", error={"type": "string", "description": "a sentence"}, detail=_TEXT),
+    "Failure": _object("error", error={"anyOf": [_TEXT, {"$ref": "#/components/schemas/JobError"}]}),
+    "Help": _object("help", help=_TEXT),
+    "Status": _object("version job_types name stats", version={"type": "number"}, name=_TEXT,
+                      job_types={"type": "array", "items": _TEXT},
+                      stats=_object("pending complete error", pending=_WHOLE, complete=_WHOLE, error=_WHOLE)),
+    "User": _object("id name is_active is_anonymous", id={"type": ["integer", "null"]}, name=_TEXT,
+                    is_active={"type": "boolean"}, is_anonymous={"type": "boolean"}),
+    "JobList": _object("list", list={"type": "array", "items": _TEXT}),
+    "Job": _object(" ".join(_JOB), **_JOB),
+    "SubmittedJob": _object(" ".join((*_JOB, "job_key")), **_JOB, job_key=_TEXT),
+    "JobError": _object("message", message=_TEXT, traceback=_TEXT),
+    "LogLine": _object("timestamp message level module funcName lineno", timestamp=_TIME, message=_TEXT, level=_TEXT,
+                       module=_TEXT, funcName=_TEXT, lineno={"type": "integer"}),
+    "Progress": _object("fraction message", fraction={"type": "number", "minimum": 0, "maximum": 1},
+                        message={"type": ["string", "null"]}),
+    "Callback": _object("status attempts error next_attempt_timestamp", attempts=_WHOLE,
+                        status={"enum": [PENDING, "delivered", "failed"]},
+                        error={"type": ["string", "null"]}, next_attempt_timestamp=_TIME),
+    "Success": _object("success", success={"const": True}),
+    "Cleared": _object("success deleted", success={"const": True}, deleted=_WHOLE),
+    "Submission": {**_object("job_type api_key", job_type=_TEXT, api_key=_API_KEY, data=_ANY,
+                             metadata={"type": ["object", "null"]}, result_url=_URL), "additionalProperties": False},
+    "NewKey": {**_object("", api_key=_API_KEY), "additionalProperties": False},
+    "Login": _object("username password", username=_TEXT, password=_TEXT, next=_TEXT),
+}
+FORMS = frozenset(("Login",))  # bodies that are URL-encoded; all others are JSON
+_NUMBER: Schema = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
+PARAMETERS: Dict[str, Tuple[str, Schema, str]] = {  # where, schema, description
+    "_limit": ("query", _NUMBER, f"how many, 100 unless told, {MAX_LISTED:,} at most"),
+    "_offset": ("query", _NUMBER, "how many to skip; the Link header leads on at less cost"),
+    "_before": ("query", _NUMBER, "as the Link header has it"),
+    "_status": ("query", _TEXT, "pending, complete or error; also queued or running"),
+    "_type": ("query", _TEXT, "a job type"),
+    "metadata": ("query", {"type": "object", "additionalProperties": _TEXT},
+                 "every other parameter is a metadata key and its value"),
+    "limit": ("query", _NUMBER, "only so many log entries, the newest first"),
+    "days": ("query", {"type": "integer", "minimum": 0, "maximum": 36_500}, "finished more than so many days ago"),
+    "next": ("query", _TEXT, "a path of this service, to go on to"),
+    "last_event_id": ("query", {"type": "string", "pattern": "^[0-9]{0,18}$"}, "go on after this event"),
+    "Last-Event-ID": ("header", {"type": "string", "pattern": "^[0-9]{0,18}$"}, "go on after this event"),
+    "Prefer": ("header", _TEXT, "RFC 7240: wait=N answers when the job has finished, or after N seconds; respond-async "
+               "queues also a job of a synchronous type"),
+}
+REFUSALS = {
+    400: "the request is not HTTP", 401: "the login failed", 403: "not authorized", 404: "there is no such job",
+    408: "the request took too long to arrive", 409: "what the request says cannot be done",
+    413: "the body is too large", 414: "the request line is too long", 429: "too many failed logins",
+    431: "the header is too large",
+    500: "a defect of the service, which its log explains", 503: "nothing can be stored, or no more taken, for now"}
+_ALWAYS = (400, 408, 409, 413, 414, 429, 431, 500, 503)
+
+
+def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -> Dict[str, Any]:
+    """Return the OpenAPI document for the routes of a service that has these job types."""
+    paths: Dict[str, Dict[str, Any]] = {}
+    for route in routes:
+        paths.setdefault(route.path.replace("<", "{").replace(">", "}"), {})[route.method.lower()] = _describe(route)
+    submission = dict(SCHEMAS["Submission"]["properties"], job_type={"enum": list(job_types)} if job_types else _TEXT)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": name, "version": __version__, "license": {"name": "MIT"}, "description":
+                 "Functions as jobs: submit them, watch them, read their logs and results (csp.py)."},
+        "paths": paths,
+        "components": {
+            "schemas": {**SCHEMAS, "Submission": {**SCHEMAS["Submission"], "properties": submission}},
+            "responses": {str(status): _answer_object(text, "Error") for status, text in REFUSALS.items()},
+            "securitySchemes": {
+                "key": {"type": "apiKey", "in": "header", "name": "Authorization",
+                        "description": "a job's key, or the secure key, as the whole field"},
+                "basic": {"type": "http", "scheme": "basic", "description": "the administrator"},
+                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE, "description":
+                            f"the administrator, after a login; {SECURE_COOKIE} behind TLS"},
+            },
+        },
+    }
+
+
+def _describe(route: Route) -> Dict[str, Any]:
+    parameters = [{"name": name, "in": where, "description": text, "schema": schema,
+                   **({"style": "form", "explode": True} if schema.get("type") == "object" else {})}
+                  for name, (where, schema, text) in PARAMETERS.items() if name in route.parameters]
+    if "<job_id>" in route.path:
+        parameters.append({"name": "job_id", "in": "path", "required": True, "schema":
+                           {"type": "string", "minLength": 1, "maxLength": 255}})
+    refusals = {*_ALWAYS, *route.refusals, *([] if route.access == ANYBODY else [403])}
+    operation: Dict[str, Any] = {
+        "summary": route.summary, "operationId": re.sub(r"\W+", "_", route.method.lower() + route.path).strip("_"),
+        "description": " ".join((route.endpoint.__doc__ or "").split()), "parameters": parameters,
+        "responses": {**_success(route.answer), **{str(status): {"$ref": f"#/components/responses/{status}"}
+                                                   for status in sorted(refusals)}}}
+    if route.body:
+        kind = "application/x-www-form-urlencoded" if route.body in FORMS else "application/json"
+        operation["requestBody"] = {"required": route.body == "Submission", "content": {
+            kind: {"schema": {"$ref": "#/components/schemas/" + route.body}}}}
+    if route.access != ANYBODY:
+        operation["security"] = [{"key": []}, {"basic": []}, {"session": []}]
+    return operation
+
+
+def _success(answer: str) -> Dict[str, Any]:
+    if answer == "redirect":
+        headers = {"Location": {"schema": _TEXT}}
+        return {"302": {**_answer_object("go on there", "application/json"), "headers": headers}}
+    return {"200": _answer_object("success", answer)}
+
+
+def _answer_object(text: str, answer: str) -> Dict[str, Any]:
+    """Return an OpenAPI response whose body is of a schema, or of a media type."""
+    if answer in SCHEMAS:
+        return {"description": text, "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/" + answer}}}}
+    return {"description": text, "content": {answer: {}}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Service
 #
 # Holds the parts and answers requests. An endpoint takes the request (and a path's job id) and returns a Response or
@@ -3165,7 +3327,9 @@ def check_submission(body: Dict[str, Any], registry: Registry) -> Submission:
     extra = sorted(set(body) - SUBMIT_KEYS)
     if extra:
         raise Conflict(f"Too many arguments. Extra keys are {', '.join(extra)}")
-    result_url = body.get("result_url") or None
+    result_url = body.get("result_url")
+    if result_url == "":
+        result_url = None
     if result_url is not None:
         check_result_url(result_url)
     job_type = _check_job_type(body.get("job_type"), registry)
@@ -3348,13 +3512,14 @@ class Service:
             raise Forbidden
         limit = min(request.number("_limit", 100) or 0, MAX_LISTED)
         filters = [(key, value) for key, value in request.query
-                   if key not in ("_limit", "_offset", "_status", "_before")]
-        jobs = self.store.list_jobs(limit, request.number("_offset", 0) or 0, dict(request.query).get("_status"),
-                                    filters, request.number("_before", None))
+                   if key not in ("_limit", "_offset", "_status", "_before", "_type")]
+        query = dict(request.query)
+        jobs = self.store.list_jobs(limit, request.number("_offset", 0) or 0, query.get("_status"), filters,
+                                    request.number("_before", None), query.get("_type"))
         headers = []
         if jobs and len(jobs) == limit:
-            query = [pair for pair in request.query if pair[0] not in ("_offset", "_before")]
-            following = urllib.parse.urlencode([*query, ("_before", jobs[-1][0])])
+            kept = [pair for pair in request.query if pair[0] not in ("_offset", "_before")]
+            following = urllib.parse.urlencode([*kept, ("_before", jobs[-1][0])])
             headers.append(("Link", f'</job?{following}>; rel="next"'))
         return Response.json({"list": ["/job/" + urllib.parse.quote(job_id, safe="") for _, job_id in jobs]},
                              headers=headers)
@@ -3588,6 +3753,10 @@ class Service:
 
     # -- for machines
 
+    def show_openapi(self, request: Request) -> Response:
+        """Show a description of all routes as OpenAPI 3.1."""
+        return Response.json(describe_api(ROUTES, self.registry.names(), self.settings["NAME"]))
+
     def show_metrics(self, request: Request) -> Response:
         """Show what there is to measure, in the text format of Prometheus."""
         due_since = self.store.get_longest_due()
@@ -3633,27 +3802,39 @@ class _Prepended:
         return next(self._chain)
 
 
+_LIST_PARAMETERS = ("_limit", "_offset", "_before", "_status", "_type", "metadata")
 ROUTES = (
-    Route("GET", "/", Service.show_help, "where the documentation is"),
-    Route("GET", "/status", Service.show_status, "version, job types, name, numbers of jobs"),
-    Route("GET", "/events", Service.stream_events, "numbers of jobs, as they change"),
-    Route("GET", "/metrics", Service.show_metrics, "measurements for Prometheus"),
-    Route("GET", "/login", Service.log_in, "begin a session with Basic auth"),
-    Route("POST", "/login", Service.log_in, "begin a session with Basic auth or a form"),
-    Route("GET", "/logout", Service.log_out, "end the session"),
-    Route("GET", "/user", Service.show_user, "who is logged in"),
-    Route("GET", "/job", Service.list_jobs, "list job ids"),
-    Route("POST", "/job", Service.submit, "submit a job"),
-    Route("DELETE", "/job", Service.clear_jobs, "clear old jobs"),
-    Route("GET", "/job/<job_id>", Service.show_job, "show a job"),
-    Route("POST", "/job/<job_id>", Service.submit, "submit a job under an id of your own"),
-    Route("PUT", "/job/<job_id>", Service.put_job, "submit a job under an id of your own; may be repeated"),
-    Route("DELETE", "/job/<job_id>", Service.delete_job, "delete a job"),
-    Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job"),
-    Route("GET", "/job/<job_id>/events", Service.stream_job_events, "what happens to a job, as it happens"),
-    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job"),
-    Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "submit a job again"),
-    Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again"),
+    Route("GET", "/", Service.show_help, "where the documentation is", "Help"),
+    Route("GET", "/status", Service.show_status, "version, job types, name, numbers of jobs", "Status"),
+    Route("GET", "/events", Service.stream_events, "numbers of jobs, as they change", "text/event-stream"),
+    Route("GET", "/metrics", Service.show_metrics, "measurements for Prometheus", "text/plain"),
+    Route("GET", "/openapi.json", Service.show_openapi, "this description of the interface", "application/json"),
+    Route("GET", "/login", Service.log_in, "begin a session with Basic auth", "redirect",
+          parameters=("next",), refusals=(401, 403)),
+    Route("POST", "/login", Service.log_in, "begin a session with Basic auth or a form", "redirect", body="Login",
+          parameters=("next",), refusals=(401, 403)),
+    Route("GET", "/logout", Service.log_out, "end the session", "redirect", parameters=("next",)),
+    Route("GET", "/user", Service.show_user, "who is logged in", "User"),
+    Route("GET", "/job", Service.list_jobs, "list job ids", "JobList", parameters=_LIST_PARAMETERS, refusals=(403,)),
+    Route("POST", "/job", Service.submit, "submit a job", "SubmittedJob", body="Submission", parameters=("Prefer",),
+          refusals=(403,)),
+    Route("DELETE", "/job", Service.clear_jobs, "clear old jobs", "Cleared", ADMIN, parameters=("days",)),
+    Route("GET", "/job/<job_id>", Service.show_job, "show a job", "Job", JOB_KEY, parameters=("limit", "Prefer"),
+          refusals=(404,)),
+    Route("POST", "/job/<job_id>", Service.submit, "submit a job under an id of your own", "SubmittedJob",
+          body="Submission", parameters=("Prefer",), refusals=(403,)),
+    Route("PUT", "/job/<job_id>", Service.put_job, "submit a job under an id of your own; may be repeated",
+          "SubmittedJob", body="Submission", parameters=("Prefer",), refusals=(403,)),
+    Route("DELETE", "/job/<job_id>", Service.delete_job, "delete a job", "Success", JOB_KEY, refusals=(404,)),
+    Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job", "*/*", JOB_KEY,
+          parameters=("Prefer",), refusals=(404,)),
+    Route("GET", "/job/<job_id>/events", Service.stream_job_events, "what happens to a job, as it happens",
+          "text/event-stream", JOB_KEY, parameters=("Last-Event-ID", "last_event_id"), refusals=(404,)),
+    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job", "Job", JOB_KEY, refusals=(404,)),
+    Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "submit a job again", "SubmittedJob", JOB_KEY,
+          body="NewKey", parameters=("Prefer",), refusals=(404,)),
+    Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again", "Job", JOB_KEY,
+          body="NewKey", refusals=(404,)),
 )
 
 

@@ -5814,7 +5814,7 @@ class TestService:
         }
         for route in csp.ROUTES:
             kind = "safe" if route.method == "GET" else "change"
-            is_open = route.path in ("/", "/status", "/events", "/metrics", "/user", "/logout") or (
+            is_open = route.path in ("/", "/status", "/events", "/metrics", "/openapi.json", "/user", "/logout") or (
                 (route.path, route.method) in (("/job", "GET"), ("/job", "POST"))
                 or (route.path == "/job/<job_id>" and route.method in ("POST", "PUT"))
             )
