@@ -20,7 +20,7 @@ delivered or tried for a day, whatever happens to this process in between.
 The file reads from top to bottom; each part uses only what stands above it:
 
     Errors, JSON and time, Settings, Metrics, Jobs, Store, Callbacks, Runner,
-    Requests and responses, Auth, API description, Service, Transports, Predecessor's names, Command line
+    Requests and responses, Auth, API description, Console, Service, Transports, Predecessor's names, Command line
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ import base64
 import binascii
 import bisect
 import contextvars
+import csv
 import email.utils
 import functools
 import getpass
 import hashlib
 import hmac
+import html
 import http.client
 import importlib
 import importlib.util
+import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -50,11 +54,13 @@ import queue
 import random
 import re
 import secrets
+import shlex
 import signal
 import socket
 import socketserver
 import sqlite3
 import ssl
+import string
 import struct
 import sys
 import threading
@@ -68,7 +74,7 @@ import uuid
 from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import (
@@ -1350,6 +1356,14 @@ class Store:
         if limit is None:
             return [LogLine._make(row) for row in self._read(columns, (job.seq,))]
         return [LogLine._make(row) for row in self._read(columns + "DESC LIMIT ?", (job.seq, limit))]
+
+    def list_newest_logs(self, seq: int, limit: int, levels: Tuple[str, ...] = ()) -> List[Tuple[int, LogLine]]:
+        """Return (log id, line) of the job's newest lines, newest first, of all ``levels`` or these (four at most)."""
+        condition = "AND level IN (?, ?, ?, ?)" if levels else ""
+        rows = self._read(f"""SELECT log_id, timestamp, message, level, module, funcName, lineno FROM logs
+            WHERE seq = ? {condition} ORDER BY log_id DESC LIMIT ?""",
+            (seq, *(levels * 4)[:4 if levels else 0], limit))
+        return [(row[0], LogLine._make(row[1:])) for row in rows]
 
     def list_new_logs(self, seq: int, after_log_id: int, limit: int) -> List[Tuple[int, LogLine]]:
         """Return (log id, line) of the job's lines after that id, oldest first."""
@@ -2644,12 +2658,14 @@ class Runner:
 
 ANYBODY, JOB_KEY, ADMIN = "all", "job key, admin, secure key", "admin, secure key"  # who may use a route
 MAX_LISTED = 10_000  # job ids in one answer; the Link header leads on
+MAX_FORM_FIELDS = 200  # a page of jobs has a box for each
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
     ("Cache-Control", "no-store"),
     ("Referrer-Policy", "no-referrer"),
     ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
 )
+_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
 _MEDIA_TYPE = re.compile(r"[!#$&^_.+\-0-9A-Za-z]{1,127}/[!#$&^_.+\-0-9A-Za-z]{1,127}"
                          r"(?: *; *[!#$&^_.+\-0-9A-Za-z]+=(?:[!#$&^_.+\-0-9A-Za-z]+|\"[^\"\\\x00-\x1f\x7f]*\"))*",
@@ -2675,6 +2691,11 @@ class Request:
         self.scheme = scheme
 
     @property
+    def target(self) -> str:
+        """The path with its query."""
+        return f"{self.path}?{self.query_string}" if self.query_string else self.path
+
+    @property
     def query(self) -> List[Tuple[str, str]]:
         """The query's parameters in order; raises Conflict if there are too many."""
         try:
@@ -2698,14 +2719,33 @@ class Request:
         return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
     @property
-    def form(self) -> Dict[str, str]:
-        """The fields of a URL-encoded form; empty if the body is none."""
+    def wants_html(self) -> bool:
+        """Whether the client prefers pages to JSON, as browsers do (RFC 9110, section 12.5.1)."""
+        accept = self.headers.get("accept", "")
+        if "text/html" not in accept or "_format=json" in self.query_string.split("&"):
+            return False
+        weights = {"application/json": 0.0}
+        for part in accept.split(","):
+            kind, _, parameters = part.partition(";")
+            weight = re.search(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*$", parameters)
+            weights[kind.strip().lower()] = float(weight[1]) if weight else 1.0
+        return weights.get("text/html", 0.0) > 0.0 and weights["text/html"] >= weights["application/json"]
+
+    @property
+    def fields(self) -> List[Tuple[str, str]]:
+        """The fields of a URL-encoded form in order; none if the body is no such form."""
         if not self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded"):
-            return {}
+            return []
         try:
-            return dict(urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), max_num_fields=50))
+            return urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), keep_blank_values=True,
+                                          max_num_fields=MAX_FORM_FIELDS)
         except ValueError:
-            return {}
+            return []
+
+    @property
+    def form(self) -> Dict[str, str]:
+        """The fields of a URL-encoded form by name, the last of each."""
+        return dict(self.fields)
 
     @property
     def preferences(self) -> Dict[str, str]:
@@ -2797,6 +2837,7 @@ class Route(NamedTuple):
     body: str = ""
     parameters: Tuple[str, ...] = ()
     refusals: Tuple[int, ...] = ()
+    page: Optional[Callable[..., Response]] = None  # answers browsers instead of ``endpoint``
 
 
 class Router:
@@ -2872,6 +2913,7 @@ class ProxyTrust:
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # OWASP's minimum that fits OpenSSL's default of 32 MB
 COOKIE = "csp_session"
 SECURE_COOKIE = "__Host-csp_session"  # a browser takes this name only with Secure, from this very host
+KEY_COOKIE = "csp_job_key"  # of one job, whose key somebody has typed into its page
 FREE_FAILURES = 10  # a person who tries what the password might have been
 MANY_FAILURES = 100  # of all addresses within THROTTLE_SECONDS: an attack
 THROTTLE_SECONDS = 900.0
@@ -3049,6 +3091,8 @@ class Authenticator:
     def may_see(self, request: Request, job: Job) -> bool:
         """Return whether the request may see and administer the job: its key, or as above."""
         given = request.headers.get("authorization")
+        if given is None and (request.method in ("GET", "HEAD") or is_same_origin(request)):
+            given = request.cookie(KEY_COOKIE)
         return bool(given and job.job_key and _is_same(given, job.job_key)) or self.may_administer(request)
 
     # -- sessions
@@ -3111,6 +3155,12 @@ def _set_cookie(request: Request, token: str) -> Tuple[str, str]:
     name, secure = (SECURE_COOKIE, "; Secure") if is_secure else (COOKIE, "")
     end = "" if token else "; Max-Age=0"
     return "Set-Cookie", f"{name}={token}; Path=/; HttpOnly; SameSite=Lax{secure}{end}"
+
+
+def key_cookie(request: Request, path: str, job_key: str) -> Tuple[str, str]:
+    """Return the Set-Cookie field that opens the job at ``path``, and nothing else, to this browser."""
+    secure = "; Secure" if request.scheme == "https" else ""
+    return "Set-Cookie", f"{KEY_COOKIE}={job_key}; Path={path}; HttpOnly; SameSite=Strict{secure}"
 
 
 def local_path(path: Optional[str], default: str = "/user") -> str:
@@ -3189,6 +3239,7 @@ PARAMETERS: Dict[str, Tuple[str, Schema, str]] = {  # where, schema, description
     "_before": ("query", _NUMBER, "as the Link header has it"),
     "_status": ("query", _TEXT, "pending, complete or error; also queued or running"),
     "_type": ("query", _TEXT, "a job type"),
+    "_id": ("query", _TEXT, "only jobs whose id begins so, in the order of their ids; other filters do not count then"),
     "metadata": ("query", {"type": "object", "additionalProperties": _TEXT},
                  "every other parameter is a metadata key and its value"),
     "limit": ("query", _NUMBER, "only so many log entries, the newest first"),
@@ -3271,6 +3322,760 @@ def _answer_object(text: str, answer: str) -> Dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Console
+#
+# Pages for people, at the addresses that programs use: server-rendered, complete without JavaScript, made live with a
+# little of it. All markup is here. ``render`` escapes whatever is not Html already; style and script have addresses
+# of their own, named by their content, so that the Content-Security-Policy allows nothing inline.
+# ---------------------------------------------------------------------------------------------------------------------
+
+PAGE_ROWS = 50  # jobs on a page: about 30 kB
+PAGE_LINES = 200  # log lines on a page that is opened; the rest is a link away
+PAGE_LOG_CHARACTERS = 20_000
+PAGE_TEXT_CHARACTERS = 6_000  # of an input, a result or a traceback
+PARSED_CHARACTERS = 200_000  # a longer text is shown as it is stored, not laid out
+PAGE_SNIPPETS = 20  # job types with examples for each; of more, one at a time
+CHART_HOURS = 24
+PAGE_HEADERS = (
+    ("Content-Security-Policy", "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
+     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"),
+    ("Referrer-Policy", "same-origin"),  # with no-referrer browsers send "Origin: null" with forms
+)
+STATE_WORDS = {QUEUED: "waiting", RUNNING: "running", COMPLETE: "complete", ERROR: "failed"}
+LEVELS = {"error": ("ERROR", "CRITICAL"), "warning": ("WARNING", "ERROR", "CRITICAL"),
+          "info": ("INFO", "WARNING", "ERROR", "CRITICAL")}
+NOTICES = {
+    "cancel": "Told to stop, or taken out of the queue.", "delete": "Deleted.", "resubmit": "Submitted again.",
+    "callback": "The callback is on its way.", "clear": "Old jobs are cleared.", "submit": "Submitted.",
+    "out": "You are signed out.", "none": "No job was chosen."}
+
+STYLE = """
+:root { color-scheme: light dark; --back: #f4f6f8; --card: #fff; --text: #18212c; --faint: #556172; --line: #d5dbe3;
+  --link: #0a58a6; --on-link: #fff; --complete: #17722f; --error: #b0241b; --running: #0a58a6; --queued: #6a5600;
+  --code: #eef1f5; --mark: #fff3cd; }
+@media (prefers-color-scheme: dark) { :root { --back: #11151b; --card: #191f28; --text: #e7ebf1; --faint: #a5b0c0;
+  --line: #343d4b; --link: #84bdff; --on-link: #0b1520; --complete: #63d683; --error: #ff8f85; --running: #84bdff;
+  --queued: #e2c553; --code: #232b37; --mark: #40371a; } }
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; }
+a { color: var(--link); }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+.skip { position: absolute; left: -999px; }
+.skip:focus { left: 8px; top: 8px; background: var(--card); padding: 8px; z-index: 1; }
+header, main, footer { max-width: 1200px; margin: 0 auto; padding: 12px 16px; }
+header { display: flex; flex-wrap: wrap; gap: 4px 20px; align-items: center; }
+header nav { display: flex; flex-wrap: wrap; gap: 4px 16px; flex: 1; align-items: center; }
+header form { margin-left: auto; }
+header .name { font-weight: 700; font-size: 18px; text-decoration: none; color: var(--text); }
+[aria-current] { font-weight: 700; color: var(--text); }
+footer { color: var(--faint); font-size: 14px; display: flex; flex-wrap: wrap; gap: 4px 16px; }
+h1 { font-size: 24px; line-height: 1.25; margin: 8px 0 12px; }
+h1.id { font-size: 20px; margin-bottom: 4px; }
+h2 { font-size: 18px; margin: 0 0 8px; }
+h3 { font-size: 16px; margin: 0; }
+section, .notice, table.jobs { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+section { padding: 16px; margin: 0 0 16px; min-width: 0; }
+.notice { padding: 10px 16px; margin: 0 0 16px; border-left: 5px solid var(--link); }
+.notice.bad { border-left-color: var(--error); }
+.faint, small { color: var(--faint); font-size: 14px; }
+.row { display: flex; flex-wrap: wrap; gap: 8px 12px; align-items: end; }
+.row.top { align-items: center; margin-bottom: 12px; }
+section > :last-child { margin-bottom: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; margin: 0 0 16px;
+  padding: 0; list-style: none; }
+.tiles a { display: block; background: var(--card); border: 1px solid var(--line); border-radius: 8px;
+  padding: 12px 16px; text-decoration: none; color: var(--text); border-top: 4px solid currentColor; }
+.tiles b { display: block; font-size: 26px; line-height: 1.2; color: var(--text); }
+.tiles .queued, .badge.queued { color: var(--queued); } .tiles .running, .badge.running { color: var(--running); }
+.tiles .complete, .badge.complete { color: var(--complete); } .tiles .error, .badge.error { color: var(--error); }
+.badge { font-weight: 600; white-space: nowrap; }
+.badge::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 6px;
+  border-radius: 50%; background: currentColor; }
+.badge.queued::before { background: none; border: 2px solid currentColor; }
+.badge.error::before { border-radius: 2px; }
+svg.chart { display: block; width: 100%; height: 140px; border-bottom: 1px solid var(--faint); }
+svg .complete { fill: var(--complete); } svg .error { fill: var(--error); }
+.axis { display: flex; justify-content: space-between; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 16px; }
+label { display: block; font-size: 14px; font-weight: 600; }
+label.check { display: inline-flex; gap: 8px; align-items: center; min-height: 40px; }
+input, select, textarea, button, .button { font: inherit; color: inherit; padding: 7px 10px; border-radius: 6px;
+  border: 1px solid var(--faint); background: var(--card); max-width: 100%; min-height: 40px; }
+input[type=checkbox] { min-height: 0; width: 20px; height: 20px; margin: 0; }
+textarea { width: 100%; min-height: 120px; font-family: ui-monospace, monospace; font-size: 14px; }
+button, .button { cursor: pointer; background: var(--code); text-decoration: none; display: inline-block; }
+button.main { background: var(--link); color: var(--on-link); border-color: var(--link); font-weight: 600; }
+button.danger { color: var(--error); border-color: var(--error); }
+button.copy { min-height: 30px; padding: 2px 10px; font-size: 14px; }
+pre, code, .id { font-family: ui-monospace, monospace; font-size: 14px; }
+pre { background: var(--code); padding: 10px; border-radius: 6px; margin: 4px 0 8px; overflow: auto; max-height: 420px;
+  white-space: pre-wrap; }
+.doc { white-space: pre-line; margin: 4px 0 8px; }
+details { margin: 4px 0; }
+summary { cursor: pointer; color: var(--link); min-height: 28px; }
+table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 6px 10px; border-top: 1px solid var(--line); vertical-align: top; }
+thead th { border-top: 0; font-size: 14px; color: var(--faint); }
+.scroll { overflow: auto; max-height: 480px; }
+.scroll table { font-size: 14px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; }
+dt { color: var(--faint); } dd { margin: 0; min-width: 0; }
+progress { width: 100%; height: 14px; accent-color: var(--running); }
+ol.log { list-style: none; margin: 8px 0 0; padding: 8px; max-height: 480px; overflow: auto; background: var(--code);
+  border-radius: 6px; font: 14px/1.5 ui-monospace, monospace; }
+ol.log li { white-space: pre-wrap; }
+ol.log .WARNING b { color: var(--queued); } ol.log .ERROR b, ol.log .CRITICAL b { color: var(--error); }
+img.result { max-width: 100%; background: #fff; }
+.login { max-width: 420px; margin: 5vh auto; }
+.login input { width: 100%; margin-bottom: 10px; }
+@media (max-width: 720px) {
+  table.jobs thead { display: none; }
+  table.jobs tr { display: block; padding: 8px 0; border-top: 1px solid var(--line); }
+  table.jobs td, table.jobs th[scope=row] { display: flex; gap: 10px; border: 0; padding: 2px 12px; min-width: 0; }
+  table.jobs td::before, table.jobs th[scope=row]::before { content: attr(data-label); flex: 0 0 84px;
+    color: var(--faint); font-size: 14px; font-weight: 400; }
+  table.api td { display: block; border: 0; padding: 1px 0; } table.api thead { display: none; }
+  table.api tr { display: block; padding: 6px 0; border-top: 1px solid var(--line); }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin: 0 0 6px; }
+}
+@media (prefers-reduced-motion: no-preference) { .badge.running::before { animation: pulse 1.6s infinite; }
+  @keyframes pulse { 50% { opacity: 0.3; } } }
+"""
+
+SCRIPT = """
+'use strict';
+(() => {
+  const $ = (selector, root) => (root || document).querySelector(selector);
+  let source = null, timer = null;
+
+  // Fetch this page again and put in what is marked as live.
+  async function refresh() {
+    timer = null;
+    const answer = await fetch(location.href, { headers: { Accept: 'text/html' } });
+    if (!answer.ok) { return; }
+    const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
+    for (const old of document.querySelectorAll('[data-live]')) {
+      const fresh = page.getElementById(old.id);
+      if (fresh && !$('input:focus', old)) {
+        old.replaceWith(document.adoptNode(fresh));
+      }
+    }
+    prepare();
+  }
+  const soon = (milliseconds) => { timer = timer || setTimeout(refresh, milliseconds); };
+
+  const RANKS = { DEBUG: 10, INFO: 20, WARNING: 30, ERROR: 40, CRITICAL: 50 };
+  function addLine(log, line) {
+    const least = RANKS[log.dataset.level.toUpperCase()] || 0;
+    if (least && !((RANKS[line.level] || 0) >= least)) { return; }
+    const item = document.createElement('li'), level = document.createElement('b');
+    item.className = line.level;
+    level.textContent = line.level;
+    item.append(line.timestamp.slice(11, 23) + ' ', level, ' ' + line.message);
+    log.append(item);
+    while (log.children.length > 2000) { log.firstChild.remove(); }
+    const empty = $('#log-empty');
+    if (empty) { empty.hidden = true; }
+    log.hidden = false;
+    if ($('#follow').checked) { log.scrollTop = log.scrollHeight; }
+  }
+
+  function watchJob(log) {
+    source = new EventSource(log.dataset.events + '?last_event_id=' + log.dataset.last);
+    source.addEventListener('log', (event) => {
+      log.dataset.last = event.lastEventId;
+      addLine(log, JSON.parse(event.data));
+    });
+    source.addEventListener('progress', (event) => {
+      const value = JSON.parse(event.data);
+      $('#progress').hidden = false;
+      $('#progress progress').value = value.fraction;
+      $('#progress span').textContent = Math.round(value.fraction * 100) + ' % ' + (value.message || '');
+    });
+    let state = document.body.dataset.state;
+    source.addEventListener('status', (event) => {
+      const value = JSON.parse(event.data);
+      if (value.status !== 'pending') { stop(); }
+      if (value.state !== state) { soon(0); }
+      state = value.state;
+    });
+  }
+
+  function watchNumbers() {
+    let first = true;
+    source = new EventSource('/events');
+    source.addEventListener('stats', () => { if (!first) { soon(1000); } first = false; });
+  }
+
+  function stop() { if (source) { source.close(); source = null; } }
+  function start() {
+    const log = $('#log[data-events]');
+    if (source) { return; }
+    if (log) { watchJob(log); } else if ($('#numbers')) { watchNumbers(); }
+  }
+
+  function prepare() {
+    for (const button of document.querySelectorAll('button.copy')) { button.hidden = false; }
+    for (const element of document.querySelectorAll('.needs-script')) { element.hidden = false; }
+  }
+
+  document.addEventListener('click', async (event) => {
+    const button = event.target.closest('button.copy');
+    if (button) {
+      const text = document.getElementById(button.dataset.copy);
+      getSelection().selectAllChildren(text);
+      try { await navigator.clipboard.writeText(text.textContent); } catch (error) { document.execCommand('copy'); }
+      button.textContent = 'Copied';
+      setTimeout(() => { button.textContent = 'Copy'; }, 2000);
+    }
+    if (event.target.id === 'all') {
+      for (const box of document.querySelectorAll('input[name=job_id]')) { box.checked = event.target.checked; }
+    }
+  });
+  // A tab that nobody sees gives its connection back: browsers allow six to one service.
+  document.addEventListener('visibilitychange', () => { if (document.hidden) { stop(); } else { soon(0); start(); } });
+  prepare();
+  start();
+})();
+"""
+
+
+def _asset_path(name: str, text: str) -> str:
+    stem, _, kind = name.partition(".")
+    return f"/console/{stem}-{hashlib.sha256(text.encode('utf-8')).hexdigest()[:12]}.{kind}"
+
+
+STYLE_PATH, SCRIPT_PATH = _asset_path("style.css", STYLE), _asset_path("script.js", SCRIPT)
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def render(template: str, **values: Any) -> Html:
+    """Return the ``string.Template`` with ``values`` put in, each escaped unless it is Html; lists of them joined."""
+    return Html(string.Template(template).substitute({name: _escape(value) for name, value in values.items()}))
+
+
+def _escape(value: Any) -> str:
+    if isinstance(value, Html):
+        return value
+    return "".join(map(_escape, value)) if isinstance(value, (list, tuple)) else html.escape(str(value))
+
+
+class Viewer(NamedTuple):
+    """Who looks at a page: ``path`` is where they are (to come back to after signing in)."""
+
+    service: str
+    is_admin: bool
+    path: str
+    notice: str = ""
+
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title – $service</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Crect
+ width='8' height='8' rx='2' fill='%230a58a6'/%3E%3Cpath d='M2 4l1.5 1.5L6 3' stroke='white' fill='none'/%3E%3C/svg%3E">
+<link rel="stylesheet" href="$style">
+<script src="$script" defer></script>
+</head>
+<body data-state="$state">
+<a class="skip" href="#main">Skip to the content</a>
+<header><a class="name" href="/">$service</a><nav aria-label="Pages">$links</nav>$sign</header>
+<main id="main">$notice$content</main>
+<footer><span>csp.py $version</span><a href="/openapi.json">openapi.json</a><a href="/metrics">metrics</a></footer>
+</body>
+</html>
+"""
+_SIGN_OUT = """<form method="post" action="/logout"><input type="hidden" name="next" value="/?done=out">
+<button>Sign out</button></form>"""
+
+
+def render_page(viewer: Viewer, title: str, content: Html, state: str = "") -> Html:
+    """Return a whole page."""
+    links = [("/", "Overview"), ("/job", "Jobs"), *([("/console/submit", "Try it")] if viewer.is_admin else [])]
+    path = viewer.path.partition("?")[0]
+    sign = Html(_SIGN_OUT) if viewer.is_admin else render(
+        '<a href="/login?next=$next">Sign in</a>', next=urllib.parse.quote(viewer.path, safe="/"))
+    notice = NOTICES.get(viewer.notice, "")
+    return render(
+        _PAGE, title=title, service=viewer.service, style=STYLE_PATH, script=SCRIPT_PATH, version=__version__,
+        content=content, sign=sign, state=state,
+        notice=render('<p class="notice" role="status">$text</p>', text=notice) if notice else "",
+        links=[render('<a href="$href"$current>$text</a>', href=href, text=text,
+                      current=Html(' aria-current="page"') if href == path else "") for href, text in links])
+
+
+def page_response(page: Html, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> Response:
+    """Return the answer that shows a page."""
+    return Response(status, page.encode("utf-8", "replace"), "text/html; charset=utf-8", [*PAGE_HEADERS, *headers])
+
+
+def error_page(viewer: Viewer, error: CspError) -> Html:
+    """Return the page of a refusal."""
+    return render_page(viewer, _REASONS.get(error.status, "Error"), render(
+        '<h1>$reason</h1><section><p>$message</p><p class="faint">$detail</p><p><a href="/">To the overview</a></p>'
+        '</section>', reason=_REASONS.get(error.status, "Error"), message=error.message, detail=error.detail or ""))
+
+
+_LOGIN = """<section class="login"><h1>Sign in</h1>$error<form method="post" action="/login">
+<input type="hidden" name="next" value="$next">
+<label for="username">User name</label>
+<input id="username" name="username" autocomplete="username" required value="$username">
+<label for="password">Password</label>
+<input id="password" name="password" type="password" autocomplete="current-password" required>
+<button class="main">Sign in</button></form></section>"""
+_BAD_NOTICE = '<p class="notice bad" role="alert">$text</p>'
+
+
+def login_page(viewer: Viewer, path: str, username: str = "", error: str = "") -> Html:
+    """Return the form to sign in, which leads on to ``path``."""
+    return render_page(viewer, "Sign in", render(
+        _LOGIN, next=path, username=username, error=render(_BAD_NOTICE, text=error) if error else ""))
+
+
+_KEY = """<section class="login"><h1>This job needs a key</h1>$error
+<p>Whoever submitted it got the key (<code>job_key</code>) with the answer.</p>
+<form method="post" action="$path/key"><label for="job_key">Job key</label>
+<input id="job_key" name="job_key" autocomplete="off" required>
+<button class="main">Show the job</button></form>
+<p>Or <a href="/login?next=$next">sign in</a> as the administrator.</p></section>"""
+
+
+def key_page(viewer: Viewer, path: str, error: str = "") -> Html:
+    """Return the form that takes the key of the job at ``path``."""
+    return render_page(viewer, "Job key", render(
+        _KEY, path=path, next=urllib.parse.quote(path), error=render(_BAD_NOTICE, text=error) if error else ""))
+
+
+# -- what people read
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration in the two units that matter."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
+    for size, unit, small_size, small in ((60, "min", 1, "s"), (3600, "h", 60, "min"), (86_400, "d", 3600, "h")):
+        if seconds < size * (60 if size < 3600 else 24) or unit == "d":
+            rest = int(seconds % size // small_size)
+            return f"{int(seconds // size)} {unit}" + (f" {rest} {small}" if rest else "")
+    return ""
+
+
+def _time(text: Optional[str], now: float) -> Html:
+    """Return a time element: how long ago, and exactly when."""
+    if not text:
+        return Html("–")
+    ago = int(now - epoch_seconds(text))
+    return render('<time datetime="$iso" title="$exact">$ago</time>', iso=text[:23], exact=text[:19].replace("T", " "),
+                  ago=" ".join([*human_seconds(ago).split(" ")[:2], "ago"]) if ago > 0 else "now")
+
+
+def _full_time(text: Optional[str], now: float) -> Html:
+    return render("$exact <small>$ago</small>", exact=text[:19].replace("T", " "), ago=_time(text, now)) if text else (
+        Html("–"))
+
+
+def _duration(job: Job, now: float) -> str:
+    if not job.started_timestamp or job.state == QUEUED:
+        return "–"
+    end = epoch_seconds(job.finished_timestamp) if job.finished_timestamp else now
+    return human_seconds(max(0.0, end - epoch_seconds(job.started_timestamp)))
+
+
+def _badge(state: str) -> Html:
+    return render('<span class="badge $state">$word</span>', state=state, word=STATE_WORDS.get(state, state))
+
+
+def job_path(job_id: str) -> str:
+    """Return the address of a job."""
+    return "/job/" + urllib.parse.quote(job_id, safe="")
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + " …"
+
+
+def _lay_out(text: str) -> str:
+    """Return JSON text laid out for people."""
+    if len(text) > PARSED_CHARACTERS:
+        return text
+    return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+
+
+def fit_lines(lines: Iterable[LogLine]) -> List[LogLine]:
+    """Return as many of the lines, given newest first, as a page holds, oldest first, long messages cut."""
+    room = PAGE_LOG_CHARACTERS
+    kept: List[LogLine] = []
+    for line in lines:
+        line = line._replace(message=_shorten(line.message, 2000))
+        room -= len(line.message) + 60
+        if room < 0:
+            break
+        kept.append(line)
+    return kept[::-1]
+
+
+def _text_block(identifier: str, text: str, address: str) -> Html:
+    more = render('<p class="faint">The first $shown of $all characters; <a href="$address">all</a>.</p>',
+                  shown=f"{PAGE_TEXT_CHARACTERS:,}", all=f"{len(text):,}", address=address)
+    return render('<button type="button" class="copy" data-copy="$id" hidden>Copy</button>'
+                  '<pre id="$id" tabindex="0">$text</pre>$more', id=identifier, text=text[:PAGE_TEXT_CHARACTERS],
+                  more=more if len(text) > PAGE_TEXT_CHARACTERS else "")
+
+
+# -- the overview
+
+class Overview(NamedTuple):
+    """What the overview shows. ``hours``: jobs ended by (hour since 1970, status); ``example`` a job type's name."""
+
+    states: Mapping[str, int]
+    hours: Mapping[Tuple[int, str], int]
+    now: float
+    failures: Sequence[Job]
+    types: Sequence[JobType]
+    counts: Mapping[Tuple[str, str], int]
+    url: str
+    routes: Sequence[Route]
+    example: str
+
+
+_OVERVIEW = """<h1>$service</h1>
+<p class="faint">Runs functions as jobs that are submitted over HTTP.</p>
+<ul class="tiles" id="numbers" data-live>$tiles</ul>
+<section id="chart" data-live><h2>Jobs ended per hour</h2>$chart</section>
+$failures
+<h2 id="types">Job types</h2><div class="columns">$types</div>
+<section><h2 id="api">Interface</h2><p>Send JSON to <code>$url</code>. A refused request is answered
+<code>{"error": "a sentence"}</code>. <a href="/openapi.json">openapi.json</a> describes everything for programs.</p>
+<details><summary>All addresses</summary><table class="api"><thead><tr><th scope="col">Request</th>
+<th scope="col">What</th><th scope="col">Who</th></tr></thead><tbody>$routes</tbody></table></details></section>"""
+_TILE = '<li><a class="$state" href="/job?_status=$state"><b>$jobs</b>$word</a></li>'
+_TYPE = """<section id="type-$name"><h3>$name</h3>
+<p class="faint">$kind · $complete complete, $error failed$options</p><p class="doc">$doc</p>$snippets</section>"""
+_SNIPPETS = """<details><summary>How to submit</summary>
+<button type="button" class="copy" data-copy="curl-$name" hidden>Copy</button>
+<pre id="curl-$name" tabindex="0">$curl</pre>
+<button type="button" class="copy" data-copy="python-$name" hidden>Copy</button>
+<pre id="python-$name" tabindex="0">$python</pre></details>"""
+_PYTHON = """import json, urllib.request
+body = json.dumps({body}).encode()
+request = urllib.request.Request("{url}", body, {{"Content-Type": "application/json"}})
+print(json.load(urllib.request.urlopen(request)))"""
+
+
+def overview_page(viewer: Viewer, view: Overview) -> Html:
+    """Return the overview: numbers, chart, latest failures, job types, and the interface."""
+    rows = [render("<tr><td><code>$method $path</code></td><td>$summary</td><td>$access</td></tr>", method=route.method,
+                   path=route.path, summary=route.summary, access=route.access) for route in view.routes]
+    return render_page(viewer, "Overview", render(
+        _OVERVIEW, service=viewer.service, chart=_chart(view.hours, view.now), url=view.url, routes=rows,
+        failures=_failures(view.failures, view.now) if viewer.is_admin else "",
+        tiles=[render(_TILE, state=state, jobs=f"{jobs:,}", word=STATE_WORDS[state])
+               for state, jobs in view.states.items()],
+        types=[_type_section(viewer, view, job_type) for job_type in view.types] or
+        Html("<p>There are none; name a module with --jobs.</p>")))
+
+
+def _failures(failures: Sequence[Job], now: float) -> Html:
+    rows = [render('<li><a class="id" href="$path">$id</a> <small>$type, $time</small><br>$message</li>',
+                   path=job_path(job.job_id), id=_shorten(job.job_id, 60), type=job.job_type,
+                   time=_time(job.finished_timestamp, now),
+                   message=_shorten(str(json.loads(job.error or "{}").get("message", "")), 160)) for job in failures]
+    return render('<section id="failures" data-live><h2>Latest failures</h2>$rows</section>',
+                  rows=render("<ul>$rows</ul>", rows=rows) if rows else Html("<p>None.</p>"))
+
+
+def _chart(hours: Mapping[Tuple[int, str], int], now: float) -> Html:
+    """Return the chart of the last CHART_HOURS hours: a bar for each, failures on top."""
+    last = int(now // 3600)
+    numbers = [(hour, hours.get((hour, COMPLETE), 0), hours.get((hour, ERROR), 0))
+               for hour in range(last - CHART_HOURS + 1, last + 1)]
+    most = max(max(complete + error for _, complete, error in numbers), 1)
+    bars: List[Html] = []
+    for index, (hour, complete, error) in enumerate(numbers):
+        label = time.strftime("%H:%M", time.localtime(hour * 3600))
+        top = 0.0
+        for kind, jobs in ((COMPLETE, complete), (ERROR, error)):
+            height = 100 * jobs / most
+            top += height
+            if jobs:
+                bars.append(render(
+                    '<rect class="$kind" x="$x" y="$y" width="8" height="$height"><title>from $label: $jobs $word'
+                    "</title></rect>", kind=kind, x=index * 10 + 1, y=f"{100 - top:.2f}", height=f"{height:.2f}",
+                    label=label, jobs=f"{jobs:,}", word=STATE_WORDS[kind]))
+    complete, error = (sum(row[column] for row in numbers) for column in (1, 2))
+    text = f"{complete:,} complete and {error:,} failed in the last {CHART_HOURS} hours, at most {most:,} in one"
+    return render(
+        '<svg class="chart" role="img" aria-label="$text" viewBox="0 0 $width 100" preserveAspectRatio="none">$bars'
+        "</svg>"
+        '<div class="axis faint"><span>$hours h ago</span><span>now</span></div><p class="faint">$text.</p>',
+        text=text if complete + error else f"No job ended in the last {CHART_HOURS} hours", bars=bars,
+        width=CHART_HOURS * 10, hours=CHART_HOURS)
+
+
+def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
+    kind = "synchronous" if job_type.synchronous else "asynchronous"
+    options = [f"{word} {value:g}{unit}" for word, value, unit in (
+        ("timeout", job_type.timeout or 0, " s"), ("retries", job_type.retries, "")) if value]
+    doc = inspect.getdoc(job_type.function) or ""
+    return render(
+        _TYPE, name=job_type.name, kind=kind, doc=_shorten(doc, 600),
+        options="".join(f" · {option}" for option in options),
+        complete=f"{view.counts.get((job_type.name, COMPLETE), 0):,}",
+        error=f"{view.counts.get((job_type.name, ERROR), 0):,}", snippets=[
+            _snippets(job_type.name, view) if len(view.types) <= PAGE_SNIPPETS or view.example == job_type.name else
+            render('<p><a href="/?type=$name#type-$name">How to submit</a></p>', name=job_type.name),
+            render('<p><a href="/console/submit?type=$name">Try it</a></p>', name=urllib.parse.quote(job_type.name))
+            if viewer.is_admin else ""])
+
+
+def _snippets(name: str, view: Overview) -> Html:
+    body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
+    curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {view.url}"
+    return render(_SNIPPETS, name=name, curl=curl, python=_PYTHON.format(body=body, url=view.url))
+
+
+# -- the list of jobs
+
+class JobsView(NamedTuple):
+    """What the list shows: ``jobs`` without their data, and the query that chose them."""
+
+    jobs: Sequence[Job]
+    query: Mapping[str, str]
+    following: str
+    types: Sequence[str]
+    keep_days: int
+    now: float
+
+
+_JOBS = """<h1>Jobs</h1>
+<form method="get" action="/job" class="row" role="search"><div><label for="status">Status</label>
+<select id="status" name="_status">$statuses</select></div>
+<div><label for="type">Type</label><select id="type" name="_type">$types</select></div>
+<div><label for="metadata">Metadata</label>
+<input id="metadata" name="_metadata" value="$metadata" placeholder="key=value"></div>
+<div><label for="id">Id begins with</label><input id="id" name="_id" value="$id"></div>
+<button class="main">Show</button></form><br>
+<form method="post" action="/console/selection"><input type="hidden" name="back" value="$back">
+<table class="jobs"><caption class="faint">$caption</caption>$rows</table>$pages$actions</form>$clear"""
+_HEAD = """<thead><tr><th scope="col"><label class="check needs-script" hidden><input type="checkbox" id="all"
+ aria-label="Choose all"></label></th><th scope="col">Job</th><th scope="col">Type</th><th scope="col">Status</th>
+<th scope="col">Submitted</th><th scope="col">Duration</th><th scope="col">Metadata</th></tr></thead>"""
+_ROW = """<tr><td data-label="Choose"><input type="checkbox" name="job_id" value="$id" aria-label="Choose $id"></td>
+<th scope="row" data-label="Job"><a class="id" href="$path">$short</a></th><td data-label="Type">$type</td>
+<td data-label="Status">$badge</td><td data-label="Submitted">$time</td><td data-label="Duration">$duration</td>
+<td data-label="Metadata">$metadata</td></tr>"""
+_ACTIONS = """<p class="row"><span>With the chosen jobs:</span>
+<button name="action" value="cancel">Cancel</button><button name="action" value="delete" class="danger">Delete</button>
+<span><label for="key">API key, to resubmit</label><input id="key" name="api_key" autocomplete="off"></span>
+<button name="action" value="resubmit">Resubmit</button></p>"""
+_CLEAR = """<section><form method="post" action="/console/clear" class="row"><div>
+<label for="days">Delete jobs that ended more than so many days ago</label>
+<input id="days" name="days" type="number" min="0" max="36500" value="$days" required></div>
+<button class="danger">Clear old jobs</button></form></section>"""
+
+
+def _options(choices: Iterable[Tuple[str, str]], chosen: str) -> List[Html]:
+    return [render('<option value="$value"$selected>$text</option>', value=value, text=text,
+                   selected=Html(" selected") if value == chosen else "") for value, text in choices]
+
+
+def jobs_page(viewer: Viewer, view: JobsView) -> Html:
+    """Return a page of the list; who is not the administrator sees ids only, as in the JSON."""
+    rows = [_job_row(viewer, job, view.now) for job in view.jobs]
+    pages = [Html('<a class="button" href="/job">Newest</a>')] if view.query else []
+    if view.following:
+        pages.append(render('<a class="button" href="$path" rel="next">Older</a>', path=view.following))
+    return render_page(viewer, "Jobs", render(
+        _JOBS, metadata=view.query.get("_metadata", ""), id=view.query.get("_id", ""), back=viewer.path,
+        statuses=_options([("", "all"), *STATE_WORDS.items()], view.query.get("_status", "")),
+        types=_options([("", "all"), *((name, name) for name in view.types)], view.query.get("_type", "")),
+        caption="" if rows else "There is no such job.", rows=[Html(_HEAD) if viewer.is_admin and rows else "", rows],
+        pages=render('<p class="row">$links</p>', links=pages),
+        actions=Html(_ACTIONS) if viewer.is_admin and rows else "",
+        clear=render(_CLEAR, days=view.keep_days) if viewer.is_admin else ""))
+
+
+def _job_row(viewer: Viewer, job: Job, now: float) -> Html:
+    short, path = _shorten(job.job_id, 60), job_path(job.job_id)
+    if not viewer.is_admin:
+        return render('<tr><td data-label="Job"><a class="id" href="$path">$short</a></td></tr>', path=path,
+                      short=short)
+    metadata = ", ".join(f"{key}={value if isinstance(value, str) else to_json(value)}"
+                         for key, value in json.loads(job.metadata or "{}").items())
+    return render(_ROW, id=job.job_id, path=path, short=short, type=job.job_type, badge=_badge(job.state),
+                  time=_time(job.requested_timestamp, now), duration=_duration(job, now),
+                  metadata=_shorten(metadata, 120) or "–")
+
+
+# -- one job
+
+class JobView(NamedTuple):
+    """What a job's page shows: ``lines`` the newest of its log, oldest first; ``last_id`` where the events go on."""
+
+    job: Job
+    lines: Sequence[LogLine]
+    last_id: int
+    level: str
+    now: float
+
+
+_JOB_PAGE = """<div id="head" data-live><h1 class="id">$id</h1><div class="row top">$badge $actions</div>
+<div id="progress"$hidden><progress max="1" value="$fraction" aria-label="Progress"></progress>
+<span class="faint">$progress</span></div></div>
+<div id="error" data-live>$error</div>
+<div class="columns"><section id="facts" data-live><h2>Job</h2><dl>$facts</dl></section>
+<section id="result" data-live><h2>Result</h2>$result</section></div>
+<section><h2>Log</h2><form class="row" method="get" action="$path"><div><label for="level">Level</label>
+<select id="level" name="level">$levels</select></div><button>Show</button>
+<label class="check needs-script" hidden><input type="checkbox" id="follow" checked>Follow</label></form>
+<p id="log-empty" class="faint"$log_full>Nothing yet.</p>
+<ol class="log" id="log" tabindex="0" aria-label="Log" data-level="$level" data-last="$last"$events$log_empty>
+$lines</ol>
+<p class="faint">The newest lines; <a href="$path?_format=json">the whole job as JSON</a>.</p></section>
+<div class="columns"><section><h2>Input</h2>$input</section>
+<section id="callback" data-live><h2>Callback</h2>$callback</section></div>"""
+_LINE = '<li class="$level">$time <b>$level</b> $message</li>'
+_BUTTON = '<form method="post" action="$path/$action"><button$style>$text</button></form>'
+_RESUBMIT = """<form method="post" action="$path/resubmit"><label class="check">API key
+<input name="api_key" required autocomplete="off"></label> <button>Resubmit</button></form>"""
+_DELETE = """<details><summary>Delete …</summary><form method="post" action="$path/delete">
+<button class="danger">Delete for good</button></form></details>"""
+_FACT = "<dt>$name</dt><dd>$value</dd>"
+
+
+def job_page(viewer: Viewer, view: JobView) -> Html:
+    """Return the page of a job."""
+    job, path, now = view.job, job_path(view.job.job_id), view.now
+    progress: Dict[str, Any] = json.loads(job.progress) if job.progress else {"fraction": 0, "message": None}
+    events = render(' data-events="$path/events"', path=path) if job.status == PENDING else ""
+    return render_page(viewer, job.job_id, render(
+        _JOB_PAGE, id=job.job_id, path=path, badge=_badge(job.state), actions=_job_actions(job, path),
+        hidden="" if job.progress else Html(" hidden"), fraction=progress["fraction"], events=events,
+        progress=f"{progress['fraction'] * 100:.0f} % {progress['message'] or ''}", error=_error_section(job),
+        facts=_job_facts(job, now), result=_result(job, path), lines=[
+            render(_LINE, time=line.timestamp[11:23], level=line.level, message=line.message) for line in view.lines],
+        log_full=Html(" hidden") if view.lines else "", log_empty="" if view.lines else Html(" hidden"),
+        level=view.level, last=view.last_id, input=_text_block("input", _lay_out(job.sent_data), path + "?_format=json")
+        if job.sent_data not in (None, "null") else Html("<p>None.</p>"),
+        levels=_options([("", "all"), *((name, f"{name} and above") for name in reversed(list(LEVELS)))], view.level),
+        callback=_callback_facts(job, path, now)), state=job.state)
+
+
+def _job_actions(job: Job, path: str) -> List[Html]:
+    if job.status == PENDING:
+        first = render(_BUTTON, path=path, action="cancel", style="", text="Cancel")
+    else:
+        first = render(_RESUBMIT, path=path)
+    return [first, render(_DELETE, path=path)]
+
+
+def _job_facts(job: Job, now: float) -> List[Html]:
+    facts: List[Tuple[str, Any]] = [
+        ("Type", job.job_type), ("Submitted", _full_time(job.requested_timestamp, now)),
+        ("Started", _full_time(job.started_timestamp, now)), ("Ended", _full_time(job.finished_timestamp, now)),
+        ("Duration", _duration(job, now)), ("Attempts", job.attempts)]
+    if job.resubmitted_from:
+        facts.append(("Resubmitted from", render('<a class="id" href="$path">$id</a>', id=job.resubmitted_from,
+                                                 path=job_path(job.resubmitted_from))))
+    for key, value in json.loads(job.metadata or "{}").items():
+        facts.append((_shorten(key, 60), _shorten(value if isinstance(value, str) else to_json(value), 300)))
+    return [render(_FACT, name=name, value=value) for name, value in facts[:60]]
+
+
+def _error_section(job: Job) -> Html:
+    if job.error is None:
+        return Html("")
+    error = json.loads(job.error)
+    trace = error.pop("traceback", None)
+    rest = {key: value for key, value in error.items() if key != "message"}
+    return render('<section><h2>Error</h2><p>$message</p>$rest$trace</section>',
+                  message=_shorten(str(error.get("message", "")), PAGE_TEXT_CHARACTERS),
+                  rest=render("<pre tabindex=\"0\">$text</pre>", text=_shorten(to_json(rest), PAGE_TEXT_CHARACTERS))
+                  if rest else "", trace=render(
+                      '<details><summary>Traceback</summary><pre tabindex="0">$text</pre></details>',
+                      text=str(trace)[-PAGE_TEXT_CHARACTERS:]) if trace else "")
+
+
+def _result(job: Job, path: str) -> Html:
+    """Return the result as its media type wants to be seen: image, table, text, JSON, or a link to it."""
+    if job.status != COMPLETE:
+        return Html("<p>None.</p>" if job.status == ERROR else "<p>Not yet.</p>")
+    data = Response.data(job)
+    kind = data.content_type.partition(";")[0].strip().lower()
+    body = data.body if isinstance(data.body, bytes) else b""
+    link = render('<p><a href="$path/data">$kind, $size bytes</a></p>', path=path, kind=kind, size=f"{len(body):,}")
+    if re.fullmatch("image/(?:png|jpeg|gif|webp)", kind):
+        return render('$link<img class="result" src="$path/data" alt="The result">', link=link, path=path)
+    if isinstance(job.data, bytes):
+        return link
+    text = body.decode("utf-8")
+    if kind == "text/csv":
+        return render('$link$table', link=link, table=_csv_table(text))
+    is_text = (job.data or "").startswith('"')
+    block = _text_block("data", text if is_text else _lay_out(text), path + "/data")
+    return render("$link$block", link=link, block=block)
+
+
+def _csv_table(text: str) -> Html:
+    """Return the first rows and columns as a table."""
+    lines = csv.reader(io.StringIO(text[:PAGE_TEXT_CHARACTERS * 2]))
+    try:
+        rows = [[_shorten(cell, 100) for cell in row[:20]] for row in itertools.islice(lines, 51)]
+    except csv.Error:
+        rows = []
+    head = [render('<th scope="col">$cell</th>', cell=cell) for cell in (rows[0] if rows else [])]
+    body = [render("<tr>$cells</tr>", cells=[render("<td>$cell</td>", cell=cell) for cell in row]) for row in rows[1:]]
+    return render('<div class="scroll" tabindex="0" role="region" aria-label="The first rows"><table><thead>'
+                  "<tr>$head</tr></thead><tbody>$body</tbody></table></div>", head=head, body=body)
+
+
+def _callback_facts(job: Job, path: str, now: float) -> Html:
+    if job.result_url is None:
+        return Html("<p>None: no result_url was given.</p>")
+    facts: List[Tuple[str, Any]] = [("To", job.result_url)]
+    if job.callback_status is not None:
+        facts += [("Status", job.callback_status), ("Attempts", job.callback_attempts)]
+        facts += [("Last error", job.callback_error)] if job.callback_error else []
+        if job.callback_at is not None:
+            facts.append(("Next attempt", "now" if job.callback_at <= now else
+                          f"in {human_seconds(job.callback_at - now)}"))
+    again = render(_BUTTON, path=path, action="callback", style="", text="Send again") if job.status != PENDING else ""
+    return render("<dl>$facts</dl>$again", facts=[render(_FACT, name=name, value=value) for name, value in facts],
+                  again=again)
+
+
+# -- try it
+
+_SUBMIT = """<h1>Try it</h1>$error<section><form method="post" action="/console/submit">
+<p><label for="job_type">Job type</label><select id="job_type" name="job_type">$types</select></p>
+<p><label for="data">Data, as JSON</label><textarea id="data" name="data" spellcheck="false">$data</textarea></p>
+<p><label for="metadata">Metadata, a JSON object</label>
+<textarea id="metadata" name="metadata" spellcheck="false">$metadata</textarea></p>
+<p><label for="result_url">Address for the callback</label>
+<input id="result_url" name="result_url" type="url" value="$result_url" size="60"></p>
+<p><label for="api_key">API key</label>
+<input id="api_key" name="api_key" value="$api_key" required autocomplete="off"></p>
+<button class="main">Submit</button></form></section>"""
+
+
+def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str], error: str = "") -> Html:
+    """Return the form that submits a job, filled with ``form``."""
+    values = {name: form.get(name, "") for name in ("data", "metadata", "result_url", "api_key")}
+    return render_page(viewer, "Try it", render(
+        _SUBMIT, types=_options([(name, name) for name in types], form.get("job_type", "")),
+        error=render(_BAD_NOTICE, text=error) if error else "", **values))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Service
 #
 # Holds the parts and answers requests. An endpoint takes the request (and a path's job id) and returns a Response or
@@ -3285,6 +4090,9 @@ KEEP_ALIVE_SECONDS = 15.0  # between comments in a quiet stream: proxies give up
 EVENT_SECONDS = 0.1  # between looks at a job that changes all the time, and more
 EVENT_SECONDS_PER_WATCHER = 0.001  # for each who watches it: together they look a thousand times a second at most
 STATS_SECONDS = 1.0
+LIST_PARAMETERS = ("_limit", "_offset", "_before", "_status", "_type", "_id", "_metadata", "_format",
+                   "done")  # others: metadata
+ASSET_HEADERS = (("Cache-Control", "public, max-age=31536000, immutable"),)  # their addresses change with them
 MAX_EVENT_LINES = 500  # log lines read at a time
 STREAM_HEADERS = (("X-Accel-Buffering", "no"),)  # nginx would hold events back
 SUBMIT_KEYS = frozenset(("job_type", "api_key", "data", "result_url", "metadata"))
@@ -3392,7 +4200,7 @@ class Service:
                                         CallbackPolicy(self.settings["CALLBACK_HOSTS"]), self.metrics)
         self.runner = Runner(self.store, registry, self.settings["WORKERS"], self.callbacks.notify,
                              metrics=self.metrics)
-        self._router = Router(ROUTES)
+        self._router = Router((*ROUTES, *CONSOLE_ROUTES))
         self._closing = threading.Event()
         if self.settings["AUTO_CLEAR"]:
             threading.Thread(target=self._clear_daily, name="csp-clear", daemon=True).start()
@@ -3438,14 +4246,25 @@ class Service:
             if request.method == "OPTIONS":
                 return None, self._answer_options(request)
             route, arguments = self._router.find(request)
-            return route, route.endpoint(self, request, *arguments)
+            if route.page is None:
+                return route, route.endpoint(self, request, *arguments)
+            response = (route.page if request.wants_html else route.endpoint)(self, request, *arguments)
+            response.headers.append(("Vary", "Accept"))
+            return route, response
         except CspError as error:
-            return route, Response.error(error)
+            return route, self._refuse(request, error)
         except Exception:  # noqa: BLE001 - a defect of ours must not end the connection without an answer
             incident = secrets.token_hex(4)
             log.exception("incident %s at %s %s", incident, request.method, clean(request.path))
-            return route, Response.error(CspError("Something went wrong; the service's log has it as incident "
-                                                  f"{incident}."))
+            return route, self._refuse(request, CspError("Something went wrong; the service's log has it as incident "
+                                                         f"{incident}."))
+
+    def _refuse(self, request: Request, error: CspError) -> Response:
+        if not request.wants_html:
+            return Response.error(error)
+        viewer = Viewer(self.settings["NAME"], False, request.target)
+        return page_response(error_page(viewer, error), error.status, [
+            *((name, value) for name, value in error.headers if name != "WWW-Authenticate"), ("Vary", "Accept")])
 
     def _answer_options(self, request: Request) -> Response:
         try:
@@ -3496,7 +4315,8 @@ class Service:
         return Response.redirect(self._next_path(request), self.auth.end_session(request))
 
     def _next_path(self, request: Request) -> str:
-        return local_path(request.form.get("next") or dict(request.query).get("next"))
+        return local_path(request.form.get("next") or dict(request.query).get("next"),
+                          "/" if request.wants_html else "/user")
 
     def show_user(self, request: Request) -> Response:
         """Show who is logged in."""
@@ -3507,22 +4327,28 @@ class Service:
     # -- jobs
 
     def list_jobs(self, request: Request) -> Response:
-        """List job ids, newest first, filtered by status and metadata."""
+        """List job ids, newest first, filtered by status, type and metadata."""
+        jobs, following = self._choose_jobs(request, 100)
+        return Response.json({"list": [job_path(job_id) for _, job_id in jobs]},
+                             headers=[("Link", f'<{following}>; rel="next"')] if following else [])
+
+    def _choose_jobs(self, request: Request, default_limit: int) -> Tuple[List[Tuple[int, str]], str]:
+        """Return (seq, id) of the jobs that the query asks for, and the address that goes on, if there may be more."""
         if not self.settings["PUBLIC_JOB_LIST"] and not self.auth.may_administer(request):
             raise Forbidden
-        limit = min(request.number("_limit", 100) or 0, MAX_LISTED)
-        filters = [(key, value) for key, value in request.query
-                   if key not in ("_limit", "_offset", "_status", "_before", "_type")]
+        limit = min(request.number("_limit", default_limit) or 0, MAX_LISTED)
         query = dict(request.query)
-        jobs = self.store.list_jobs(limit, request.number("_offset", 0) or 0, query.get("_status"), filters,
-                                    request.number("_before", None), query.get("_type"))
-        headers = []
-        if jobs and len(jobs) == limit:
-            kept = [pair for pair in request.query if pair[0] not in ("_offset", "_before")]
-            following = urllib.parse.urlencode([*kept, ("_before", jobs[-1][0])])
-            headers.append(("Link", f'</job?{following}>; rel="next"'))
-        return Response.json({"list": ["/job/" + urllib.parse.quote(job_id, safe="") for _, job_id in jobs]},
-                             headers=headers)
+        if query.get("_id"):
+            return self.store.find_jobs(query["_id"], limit), ""
+        filters = [(key, value) for key, value in request.query if key not in LIST_PARAMETERS]
+        key, equals, value = query.get("_metadata", "").partition("=")
+        filters += [(key.strip(), value.strip())] if equals else []
+        jobs = self.store.list_jobs(limit, request.number("_offset", 0) or 0, query.get("_status") or None, filters,
+                                    request.number("_before", None), query.get("_type") or None)
+        if not jobs or len(jobs) < limit:
+            return jobs, ""
+        kept = [pair for pair in request.query if pair[0] not in ("_offset", "_before")]
+        return jobs, "/job?" + urllib.parse.urlencode([*kept, ("_before", jobs[-1][0])])
 
     def submit(self, request: Request, job_id: Optional[str] = None) -> Response:
         """Submit a job: a synchronous one is answered when it has ended, others when they are stored."""
@@ -3549,11 +4375,7 @@ class Service:
 
     def _submit(self, request: Request, submission: Submission, job_id: Optional[str] = None,
                 origin: Optional[str] = None) -> Response:
-        if not self.auth.may_submit(submission.api_key):
-            raise Forbidden("This api_key may not submit jobs.")
-        limit = self.settings["MAX_PENDING"]
-        if limit is not None and self.store.count_jobs()[PENDING] >= limit:
-            raise Unavailable(f"There are {limit:,} unfinished jobs already; try again later.", 30)
+        self._check_admission(submission)
         wait, applied = self._read_preferences(request)
         job = self._new_job(submission, job_id, origin, submission.job_type.synchronous and not applied)
         if job.synchronous:
@@ -3562,6 +4384,13 @@ class Service:
         if wait:
             return self._answer_with(job, wait, applied)
         return Response(200, render_job(job, (), job_key=True), headers=applied)
+
+    def _check_admission(self, submission: Submission) -> None:
+        if not self.auth.may_submit(submission.api_key):
+            raise Forbidden("This api_key may not submit jobs.")
+        limit = self.settings["MAX_PENDING"]
+        if limit is not None and self.store.count_jobs()[PENDING] >= limit:
+            raise Unavailable(f"There are {limit:,} unfinished jobs already; try again later.", 30)
 
     def _read_preferences(self, request: Request) -> Tuple[int, List[Tuple[str, str]]]:
         """Return how many seconds to wait for the job to finish, and the field that says which preferences count.
@@ -3648,13 +4477,15 @@ class Service:
 
     def delete_job(self, request: Request, job_id: str) -> Response:
         """Delete a job with its log and metadata; if it runs, tell it to stop and drop its result."""
-        job = self._find_job(request, job_id)
-        deleted = self.store.delete_job(job)
-        if deleted is None:
+        if not self._delete(self._find_job(request, job_id)):
             raise NotFound("job_id not found")
-        if deleted.state == RUNNING:
-            self.runner.tell_to_stop(deleted)
         return Response.json({"success": True})
+
+    def _delete(self, job: Job) -> bool:
+        deleted = self.store.delete_job(job)
+        if deleted is not None and deleted.state == RUNNING:
+            self.runner.tell_to_stop(deleted)
+        return deleted is not None
 
     def clear_jobs(self, request: Request) -> Response:
         """Delete the jobs that finished more than ``days`` days ago."""
@@ -3678,19 +4509,169 @@ class Service:
         again = {**job.read_input(), "api_key": body.get("api_key", job.api_key)}
         return self._submit(request, check_submission(again, self.registry), origin=job.job_id)
 
+    def _resend(self, job: Job, api_key: Union[str, int, float, None]) -> None:
+        """Make the job's callback due again; raise Conflict if it has none."""
+        if job.result_url is None or job.callback_host is None or job.status == PENDING:
+            raise Conflict(f"job {job.job_id} has no callback to send: it has not finished or has no result_url")
+        then = functools.partial(self.callbacks.notify, job.callback_host, time.time())
+        self.store.mark_callback_due(job, api_key, then)
+
     def send_callback(self, request: Request, job_id: str) -> Response:
         """Send a finished job's callback again; the body may bring the api_key, if the old one is erased."""
         job = self._find_job(request, job_id)
         body = read_body(request) if request.body else {}
         if set(body) - {"api_key"}:
             raise Conflict("Too many arguments. The body may hold an api_key and nothing else")
-        if job.result_url is None or job.callback_host is None or job.status == PENDING:
-            raise Conflict(f"job {job_id} has no callback to send: it has not finished or has no result_url")
-        api_key = _check_api_key(body["api_key"]) if "api_key" in body else None
-        then = functools.partial(self.callbacks.notify, job.callback_host, time.time())
-        self.store.mark_callback_due(job, api_key, then)
+        self._resend(job, _check_api_key(body["api_key"]) if "api_key" in body else None)
         return self.show_job(request, job_id)
 
+
+    # -- pages
+
+    def _viewer(self, request: Request) -> Viewer:
+        return Viewer(self.settings["NAME"], self.auth.may_administer(request), request.target,
+                      dict(request.query).get("done", ""))
+
+    def overview_page(self, request: Request) -> Response:
+        """Show what there is: numbers, latest failures, job types, the interface."""
+        viewer, now = self._viewer(request), time.time()
+        failures = [seq for seq, _ in self.store.list_jobs(5, status=ERROR)] if viewer.is_admin else []
+        types = [job_type for job_type in map(self.registry.get, self.registry.names()) if job_type is not None]
+        url = f"{request.scheme}://{request.headers.get('host') or 'localhost'}/job"
+        return page_response(overview_page(viewer, Overview(
+            self._count_states(), self.store.count_by_hour(int(now // 3600) - CHART_HOURS), now,
+            self.store.get_light_jobs(failures), types, self.store.count_by_type(), url, ROUTES,
+            dict(request.query).get("type", ""))))
+
+    def login_page(self, request: Request) -> Response:
+        """Show the form to sign in, or sign in."""
+        if request.method == "GET" and basic_credentials(request) is None:
+            return page_response(login_page(Viewer(self.settings["NAME"], False, "/login"), self._next_path(request)))
+        try:
+            return self.log_in(request)
+        except (Unauthorized, Forbidden, TooManyRequests) as error:
+            page = login_page(Viewer(self.settings["NAME"], False, "/login"), self._next_path(request),
+                              request.form.get("username", ""), error.message)
+            return page_response(page, error.status, [pair for pair in error.headers if pair[0] == "Retry-After"])
+
+    def jobs_page(self, request: Request) -> Response:
+        """Show the list of jobs."""
+        viewer = self._viewer(request)
+        jobs, following = self._choose_jobs(request, PAGE_ROWS)
+        shown = self.store.get_light_jobs(seq for seq, _ in jobs)
+        return page_response(jobs_page(viewer, JobsView(shown, dict(request.query), following, self.registry.names(),
+                                                        self.settings["KEEP_JOBS_AGE"], time.time())))
+
+    def job_page(self, request: Request, job_id: str) -> Response:
+        """Show one job, or ask for its key."""
+        try:
+            job = self._find_job(request, job_id)
+        except Forbidden:
+            return page_response(key_page(Viewer(self.settings["NAME"], False, request.path), job_path(job_id)), 403)
+        level = dict(request.query).get("level", "")
+        newest = self.store.list_newest_logs(job.seq, 1)
+        lines = self.store.list_newest_logs(job.seq, PAGE_LINES, LEVELS.get(level, ()))
+        return page_response(job_page(self._viewer(request), JobView(
+            job, fit_lines([line for _, line in lines]), newest[0][0] if newest else 0,
+            level if level in LEVELS else "", time.time())))
+
+    def take_key(self, request: Request, job_id: str) -> Response:
+        """Take the key of a job from its form, and keep it in a cookie for this job alone."""
+        job = self.store.get_job(job_id) if not _BAD_ID.search(job_id) else None
+        given, path = request.form.get("job_key", "").strip(), job_path(job_id)
+        if job is None:
+            raise NotFound("job_id not found")
+        if not job.job_key or not hmac.compare_digest(given.encode("utf-8", "replace"), job.job_key.encode("utf-8")):
+            viewer = Viewer(self.settings["NAME"], False, path)
+            return page_response(key_page(viewer, path, "That is not the key of this job."), 403)
+        return Response.redirect(path, [key_cookie(request, path, job.job_key)])
+
+    def cancel_form(self, request: Request, job_id: str) -> Response:
+        """Cancel a job and show it."""
+        self.runner.cancel(self._find_job(request, job_id))
+        return _go_to(job_path(job_id), "cancel")
+
+    def delete_form(self, request: Request, job_id: str) -> Response:
+        """Delete a job and go to the list."""
+        self._delete(self._find_job(request, job_id))
+        return _go_to("/job", "delete")
+
+    def callback_form(self, request: Request, job_id: str) -> Response:
+        """Send a job's callback again and show the job."""
+        self._resend(self._find_job(request, job_id), request.form.get("api_key") or None)
+        return _go_to(job_path(job_id), "callback")
+
+    def resubmit_form(self, request: Request, job_id: str) -> Response:
+        """Submit a job again and show the new one."""
+        job = self._resubmit(self._find_job(request, job_id), request.form.get("api_key"))
+        path = job_path(job.job_id)
+        return _go_to(path, "resubmit", [] if self.auth.may_administer(request) else
+                      [key_cookie(request, path, job.job_key)])
+
+    def _resubmit(self, job: Job, api_key: Optional[str]) -> Job:
+        return self._queue({**job.read_input(), "api_key": api_key or job.api_key}, job.job_id)
+
+    def _queue(self, body: Dict[str, Any], origin: Optional[str] = None) -> Job:
+        """Submit a job that somebody will look at: it is queued, whatever its type."""
+        submission = check_submission(body, self.registry)
+        self._check_admission(submission)
+        job = self._new_job(submission, None, origin, is_synchronous=False)
+        self.store.add_job(job, self.runner.wake).wait()
+        return job
+
+    def act_on_selection(self, request: Request) -> Response:
+        """Cancel, delete or resubmit the jobs chosen on a page of the list."""
+        if not self.auth.may_administer(request):
+            raise Forbidden
+        form = request.form
+        job_ids = [value for name, value in request.fields if name == "job_id" and not _BAD_ID.search(value)]
+        for job in filter(None, map(self.store.get_job, job_ids)):
+            if form.get("action") == "delete":
+                self._delete(job)
+            elif form.get("action") == "resubmit":
+                self._resubmit(job, form.get("api_key"))
+            elif form.get("action") == "cancel" and job.status == PENDING:
+                with suppress(Conflict):  # it has just finished
+                    self.runner.cancel(job)
+        return _go_to(local_path(form.get("back"), "/job"), form.get("action", "") if job_ids else "none")
+
+    def clear_form(self, request: Request) -> Response:
+        """Clear old jobs and go to the list."""
+        if not self.auth.may_administer(request):
+            raise Forbidden
+        days = request.form.get("days", "")
+        if not re.fullmatch("[0-9]{1,5}", days):
+            raise Conflict("days has to be a whole number from 0 to 99,999")
+        self._clear(int(days))
+        return _go_to("/job", "clear")
+
+    def submit_form(self, request: Request) -> Response:
+        """Show the form that submits a job, or submit what it holds."""
+        viewer = self._viewer(request)
+        if not viewer.is_admin:
+            raise Forbidden
+        form = request.form
+        if request.method == "GET":
+            return page_response(submit_page(viewer, self.registry.names(), {
+                "job_type": dict(request.query).get("type", ""), "api_key": "console"}))
+        try:
+            body: Dict[str, Any] = {name: form[name] for name in ("job_type", "api_key", "result_url")
+                                    if form.get(name)}
+            for name in ("data", "metadata"):
+                if form.get(name, "").strip():
+                    body[name] = _read_json_field(name, form[name])
+            job = self._queue(body)
+        except Conflict as error:
+            return page_response(submit_page(viewer, self.registry.names(), form, error.message), 409)
+        return _go_to(job_path(job.job_id), "submit")
+
+    def show_style(self, request: Request) -> Response:
+        """Show the pages' style."""
+        return Response(200, STYLE.encode("utf-8"), "text/css; charset=utf-8", ASSET_HEADERS)
+
+    def show_script(self, request: Request) -> Response:
+        """Show the pages' script."""
+        return Response(200, SCRIPT.encode("utf-8"), "text/javascript; charset=utf-8", ASSET_HEADERS)
 
     # -- events
 
@@ -3777,6 +4758,20 @@ class Service:
         return Response(200, self.metrics.render(lines).encode("utf-8"), "text/plain; version=0.0.4; charset=utf-8")
 
 
+def _go_to(path: str, done: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
+    """Return the redirect that ends a form, to a page that says what has been done."""
+    path, _, query = path.partition("?")
+    kept = [pair for pair in urllib.parse.parse_qsl(query) if pair[0] != "done"]
+    return Response.redirect(f"{path}?{urllib.parse.urlencode([*kept, ('done', done)])}", headers)
+
+
+def _read_json_field(name: str, text: str) -> Any:
+    try:
+        return from_json(text.encode("utf-8", "replace"))
+    except ValueError as error:
+        raise Conflict(f"{name} is not JSON: {error}") from None
+
+
 def _change_events(shown: Optional[Job], current: Job) -> Iterator[bytes]:
     """Yield the events for what is other than what was ``shown`` last."""
     if current.progress is not None and (shown is None or shown.progress != current.progress):
@@ -3802,25 +4797,26 @@ class _Prepended:
         return next(self._chain)
 
 
-_LIST_PARAMETERS = ("_limit", "_offset", "_before", "_status", "_type", "metadata")
 ROUTES = (
-    Route("GET", "/", Service.show_help, "where the documentation is", "Help"),
+    Route("GET", "/", Service.show_help, "where the documentation is", "Help", page=Service.overview_page),
     Route("GET", "/status", Service.show_status, "version, job types, name, numbers of jobs", "Status"),
     Route("GET", "/events", Service.stream_events, "numbers of jobs, as they change", "text/event-stream"),
     Route("GET", "/metrics", Service.show_metrics, "measurements for Prometheus", "text/plain"),
     Route("GET", "/openapi.json", Service.show_openapi, "this description of the interface", "application/json"),
     Route("GET", "/login", Service.log_in, "begin a session with Basic auth", "redirect",
-          parameters=("next",), refusals=(401, 403)),
+          parameters=("next",), refusals=(401, 403), page=Service.login_page),
     Route("POST", "/login", Service.log_in, "begin a session with Basic auth or a form", "redirect", body="Login",
-          parameters=("next",), refusals=(401, 403)),
+          parameters=("next",), refusals=(401, 403), page=Service.login_page),
     Route("GET", "/logout", Service.log_out, "end the session", "redirect", parameters=("next",)),
+    Route("POST", "/logout", Service.log_out, "end the session", "redirect", parameters=("next",)),
     Route("GET", "/user", Service.show_user, "who is logged in", "User"),
-    Route("GET", "/job", Service.list_jobs, "list job ids", "JobList", parameters=_LIST_PARAMETERS, refusals=(403,)),
+    Route("GET", "/job", Service.list_jobs, "list job ids", "JobList", parameters=(*LIST_PARAMETERS[:6], "metadata"),
+          refusals=(403,), page=Service.jobs_page),
     Route("POST", "/job", Service.submit, "submit a job", "SubmittedJob", body="Submission", parameters=("Prefer",),
           refusals=(403,)),
     Route("DELETE", "/job", Service.clear_jobs, "clear old jobs", "Cleared", ADMIN, parameters=("days",)),
     Route("GET", "/job/<job_id>", Service.show_job, "show a job", "Job", JOB_KEY, parameters=("limit", "Prefer"),
-          refusals=(404,)),
+          refusals=(404,), page=Service.job_page),
     Route("POST", "/job/<job_id>", Service.submit, "submit a job under an id of your own", "SubmittedJob",
           body="Submission", parameters=("Prefer",), refusals=(403,)),
     Route("PUT", "/job/<job_id>", Service.put_job, "submit a job under an id of your own; may be repeated",
@@ -3830,11 +4826,22 @@ ROUTES = (
           parameters=("Prefer",), refusals=(404,)),
     Route("GET", "/job/<job_id>/events", Service.stream_job_events, "what happens to a job, as it happens",
           "text/event-stream", JOB_KEY, parameters=("Last-Event-ID", "last_event_id"), refusals=(404,)),
-    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job", "Job", JOB_KEY, refusals=(404,)),
+    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job", "Job", JOB_KEY, refusals=(404,),
+          page=Service.cancel_form),
     Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "submit a job again", "SubmittedJob", JOB_KEY,
-          body="NewKey", parameters=("Prefer",), refusals=(404,)),
+          body="NewKey", parameters=("Prefer",), refusals=(404,), page=Service.resubmit_form),
     Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again", "Job", JOB_KEY,
-          body="NewKey", refusals=(404,)),
+          body="NewKey", refusals=(404,), page=Service.callback_form),
+)
+CONSOLE_ROUTES = (  # what only the pages' own forms use
+    Route("GET", STYLE_PATH, Service.show_style, "the style of the pages", "text/css"),
+    Route("GET", SCRIPT_PATH, Service.show_script, "the script of the pages", "text/javascript"),
+    Route("GET", "/console/submit", Service.submit_form, "the form that submits a job", "text/html", ADMIN),
+    Route("POST", "/console/submit", Service.submit_form, "submit a job", "text/html", ADMIN),
+    Route("POST", "/console/selection", Service.act_on_selection, "act on the chosen jobs", "text/html", ADMIN),
+    Route("POST", "/console/clear", Service.clear_form, "clear old jobs", "text/html", ADMIN),
+    Route("POST", "/job/<job_id>/delete", Service.delete_form, "delete a job", "text/html", JOB_KEY),
+    Route("POST", "/job/<job_id>/key", Service.take_key, "take the key of a job", "text/html"),
 )
 
 
@@ -3860,9 +4867,7 @@ _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect"))
-_REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-_FIXED_HEADERS = "".join(f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS[:3]).encode("ascii")
-
+_SECURITY_LINES = [(name, f"{name}: {value}\r\n") for name, value in SECURITY_HEADERS]
 
 _FULL_HOUSE = (b"HTTP/1.1 503 Service Unavailable\r\nServer: csp\r\nContent-Type: application/json\r\n"
                b"Retry-After: 5\r\nConnection: close\r\n\r\n"
@@ -4185,15 +5190,15 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 raise _Disconnected
 
     def _build_head(self, response: Response, framing: str, keeps_alive: bool) -> bytes:
-        fields = "".join(f"{name}: {value}\r\n" for name, value in response.headers)
-        if "Content-Security-Policy" not in fields:
-            fields += f"{SECURITY_HEADERS[3][0]}: {SECURITY_HEADERS[3][1]}\r\n"
+        fields = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
+        names = {name for name, _ in response.headers}
+        fields += "".join([line for name, line in _SECURITY_LINES if name not in names])
         is_http_1_0 = self._head is not None and self._head.is_http_1_0
         connection = "" if keeps_alive != is_http_1_0 else f"Connection: {'keep-alive' if keeps_alive else 'close'}\r\n"
         text = (f"HTTP/1.1 {response.status} {_REASONS.get(response.status, '')}\r\nServer: csp\r\n"
                 f"Date: {self.server.http_date()}\r\nContent-Type: {response.content_type}\r\n"
-                f"{framing}{connection}{fields}")
-        return text.encode("latin-1") + _FIXED_HEADERS + b"\r\n"
+                f"{framing}{connection}{fields}\r\n")
+        return text.encode("latin-1")
 
     def _send_stream(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
         """Send a streamed body in chunks, to HTTP/1.0 until the end of the connection."""
