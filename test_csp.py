@@ -32,7 +32,9 @@ import sys
 import textwrap
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import uuid
 from pathlib import Path
 
@@ -389,6 +391,201 @@ def raw_exchange(url, data, timeout=5.0):
                     break
                 received += part
     return received
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+class Browser:
+    """A session of a real Chromium, spoken to over WebDriver (w3.org/TR/webdriver2); ``driver`` is its address."""
+
+    ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
+    ARGUMENTS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-dev-shm-usage
+        --disable-background-networking --disable-component-update --disable-sync""".split()
+
+    def __init__(self, driver, profile, javascript=True, dark=False, width=1280, height=900):
+        self._driver = driver
+        options = {"args": [*self.ARGUMENTS, f"--user-data-dir={profile}"]}
+        if not javascript:
+            options["prefs"] = {"profile.managed_default_content_settings.javascript": 2}
+        wanted = {
+            "browserName": "chrome",
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+            "goog:chromeOptions": options,
+        }
+        answer = self._send("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
+        self._session = "/session/" + answer["sessionId"]
+        self.width = width  # of the viewport: a window cannot be as narrow as a phone
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.cdp("Emulation.setScrollbarsHidden", hidden=True)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.cdp("Emulation.setEmulatedMedia", features=[scheme])
+
+    def _send(self, method, path, value=None):
+        body = None if value is None else json.dumps(value).encode("utf-8")
+        request = urllib.request.Request(self._driver + path, body, {"Content-Type": "application/json"}, method=method)
+        try:
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with opener.open(request, timeout=PATIENCE_SECONDS) as response:
+                return json.loads(response.read().decode("utf-8"))["value"]
+        except urllib.error.HTTPError as error:
+            with error:
+                problem = json.loads(error.read().decode("utf-8"))["value"]
+            raise LookupError(f"{problem['error']}: {problem['message'].splitlines()[0]}") from None
+
+    def _command(self, method, path, **value):
+        return self._send(method, self._session + path, value if method == "POST" else None)
+
+    def cdp(self, command, **parameters):
+        return self._command("POST", "/goog/cdp/execute", cmd=command, params=parameters)
+
+    def open(self, url):
+        self._command("POST", "/url", url=url)
+        return self
+
+    @property
+    def url(self):
+        return self._command("GET", "/url")
+
+    @property
+    def path(self):
+        return urllib.parse.urlsplit(self.url).path
+
+    @property
+    def source(self):
+        return self._command("GET", "/source")
+
+    def refresh(self):
+        self._command("POST", "/refresh")
+
+    def script(self, code, *arguments):
+        return self._command("POST", "/execute/sync", script=code, args=list(arguments))
+
+    def elements(self, css):
+        found = self._command("POST", "/elements", using="css selector", value=css)
+        return [element[self.ELEMENT] for element in found]
+
+    def texts(self, css):
+        """Return the visible text of all elements that are there now."""
+        try:
+            return [self._command("GET", f"/element/{element}/text") for element in self.elements(css)]
+        except LookupError:  # replaced in between
+            return []
+
+    def find(self, css, text=""):
+        """Return the first element whose visible text contains ``text``, once there is one."""
+
+        def found():
+            try:
+                for element in self.elements(css):
+                    if text in self._command("GET", f"/element/{element}/text"):
+                        return element
+            except LookupError:  # replaced in between
+                return None
+            return None
+
+        return eventually(found)
+
+    def read(self, css):
+        return self._command("GET", f"/element/{self.find(css)}/text")
+
+    def get(self, css, name):
+        return self._command("GET", f"/element/{self.find(css)}/property/{name}")
+
+    def click(self, css, text=""):
+        """Click and, if that opens a page, wait until the old one is gone."""
+        self._command("POST", f"/element/{self.find(css, text)}/click")
+        return self
+
+    def fill(self, css, text):
+        element = self.find(css)
+        self._command("POST", f"/element/{element}/clear")
+        self._command("POST", f"/element/{element}/value", text=text)
+        return self
+
+    def press(self, key):
+        actions = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        self._command("POST", "/actions", actions=[{"type": "key", "id": "keys", "actions": actions}])
+
+    def cookies(self):
+        return {cookie["name"]: cookie["value"] for cookie in self._command("GET", "/cookie")}
+
+    def set_cookie(self, name, value):
+        self._command("POST", "/cookie", cookie={"name": name, "value": value})
+
+    def complaints(self):
+        """Return what the console holds since the last call: errors, violations of the policy, failed loads."""
+        entries = self._command("POST", "/se/log", type="browser")
+        return [entry["message"] for entry in entries if entry["level"] in ("WARNING", "SEVERE")]
+
+    def requests(self):
+        """Return the addresses that pages have asked for since the last call."""
+        messages = [
+            json.loads(entry["message"])["message"] for entry in self._command("POST", "/se/log", type="performance")
+        ]
+        return [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
+
+    def screenshot(self):
+        """Return the whole page as a PNG."""
+        size = self.cdp("Page.getLayoutMetrics")["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+        return base64.b64decode(self.cdp("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)["data"])
+
+    def close(self):
+        self._send("DELETE", self._session)
+
+
+@contextlib.contextmanager
+def chromedriver(log):
+    """Run a chromedriver of our own; give its address."""
+    program, port = shutil.which("chromedriver"), free_port()
+    process = subprocess.Popen([program, f"--port={port}"], stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+
+    def is_ready():
+        with contextlib.suppress(OSError):
+            with urllib.request.urlopen(url + "/status", timeout=5) as response:
+                return json.loads(response.read().decode("utf-8"))["value"]["ready"]
+
+    try:
+        eventually(is_ready)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+HAS_BROWSER = bool(shutil.which("chromium") and shutil.which("chromedriver"))
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory):
+    """The address of a chromedriver; without one tests are skipped, in CI they fail."""
+    if not HAS_BROWSER:
+        (pytest.fail if IN_CI else pytest.skip)("chromium and chromedriver are not installed")
+    with open(str(tmp_path_factory.mktemp("driver") / "chromedriver.out"), "wb") as output:
+        with chromedriver(output) as url:
+            yield url
+
+
+@pytest.fixture
+def browse(driver, tmp_path):
+    """Return a function that opens a Browser, which is closed at the end of the test."""
+    browsers = []
+
+    def open_browser(**options):
+        browsers.append(Browser(driver, tmp_path / f"profile-{len(browsers)}", **options))
+        return browsers[-1]
+
+    yield open_browser
+    for browser in browsers:
+        browser.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3962,11 +4159,6 @@ CRASH_MODULE = """
     """
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 class TestCrash:
     """Real processes, killed."""
 
@@ -5825,7 +6017,9 @@ class TestService:
                 assert client.request("GET", "/logout", headers=from_where).status == 302
                 continue
             body = json.dumps(submission(data="x")) if route.path.endswith(("/job", "<job_id>")) else None
-            target = route.path.replace("<job_id>", "a-new-one" if route.method in ("POST", "PUT") and body else job["job_id"])
+            target = route.path.replace(
+                "<job_id>", "a-new-one" if route.method in ("POST", "PUT") and body else job["job_id"]
+            )
             answer = client.request(
                 route.method,
                 target,
