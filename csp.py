@@ -3863,9 +3863,11 @@ _JOBS = """<h1>Jobs</h1>
 <div><label for="metadata">Metadata</label>
 <input id="metadata" name="_metadata" value="$metadata" placeholder="key=value"></div>
 <div><label for="id">Id begins with</label><input id="id" name="_id" value="$id"></div>
-<button class="main">Show</button></form><br>
-<form method="post" action="/console/selection"><input type="hidden" name="back" value="$back">
-<table class="jobs"><caption class="faint">$caption</caption>$rows</table>$pages$actions</form>$clear"""
+<button class="main">Show</button></form><br>$list$clear"""
+_JOB_TABLE = """<table class="jobs"><caption class="faint">$caption</caption>$rows</table>
+<p class="row">$pages</p>"""
+_SELECTION = """<form method="post" action="/console/selection"><input type="hidden" name="back" value="$back">
+$table$actions</form>"""
 _HEAD = """<thead><tr><th scope="col"><label class="check needs-script" hidden><input type="checkbox" id="all"
  aria-label="Choose all"></label></th><th scope="col">Job</th><th scope="col">Type</th><th scope="col">Status</th>
 <th scope="col">Submitted</th><th scope="col">Duration</th><th scope="col">Metadata</th></tr></thead>"""
@@ -3890,17 +3892,18 @@ def _options(choices: Iterable[Tuple[str, str]], chosen: str) -> List[Html]:
 
 def jobs_page(viewer: Viewer, view: JobsView) -> Html:
     """Return a page of the list; who is not the administrator sees ids only, as in the JSON."""
-    rows = [_job_row(viewer, job, view.now) for job in view.jobs]
     pages = [Html('<a class="button" href="/job">Newest</a>')] if view.query else []
     if view.following:
         pages.append(render('<a class="button" href="$path" rel="next">Older</a>', path=view.following))
+    table = render(_JOB_TABLE, caption="" if view.jobs else "There is no such job.", pages=pages, rows=[
+        Html(_HEAD) if viewer.is_admin and view.jobs else "",
+        [_job_row(viewer, job, view.now) for job in view.jobs]])
     return render_page(viewer, "Jobs", render(
-        _JOBS, metadata=view.query.get("_metadata", ""), id=view.query.get("_id", ""), back=viewer.path,
+        _JOBS, metadata=view.query.get("_metadata", ""), id=view.query.get("_id", ""),
         statuses=_options([("", "all"), *STATE_WORDS.items()], view.query.get("_status", "")),
         types=_options([("", "all"), *((name, name) for name in view.types)], view.query.get("_type", "")),
-        caption="" if rows else "There is no such job.", rows=[Html(_HEAD) if viewer.is_admin and rows else "", rows],
-        pages=render('<p class="row">$links</p>', links=pages),
-        actions=Html(_ACTIONS) if viewer.is_admin and rows else "",
+        list=render(_SELECTION, back=viewer.path, table=table, actions=Html(_ACTIONS) if view.jobs else "")
+        if viewer.is_admin else table,
         clear=render(_CLEAR, days=view.keep_days) if viewer.is_admin else ""))
 
 
@@ -4260,11 +4263,14 @@ class Service:
                                                          f"{incident}."))
 
     def _refuse(self, request: Request, error: CspError) -> Response:
-        if not request.wants_html:
-            return Response.error(error)
-        viewer = Viewer(self.settings["NAME"], False, request.target)
-        return page_response(error_page(viewer, error), error.status, [
-            *((name, value) for name, value in error.headers if name != "WWW-Authenticate"), ("Vary", "Accept")])
+        if request.wants_html:
+            headers = [(name, value) for name, value in error.headers if name != "WWW-Authenticate"]
+            viewer = Viewer(self.settings["NAME"], False, request.target)
+            response = page_response(error_page(viewer, error), error.status, headers)
+        else:
+            response = Response.error(error)
+        response.headers.append(("Vary", "Accept"))
+        return response
 
     def _answer_options(self, request: Request) -> Response:
         try:

@@ -9,11 +9,13 @@ import email.utils
 import gc
 import hashlib
 import hmac
+import html.parser
 import http
 import http.client
 import http.server
 import importlib
 import io
+import itertools
 import json
 import logging
 import logging.handlers
@@ -2139,6 +2141,618 @@ def inspect_lines(function):
     lines = Path(function.__code__.co_filename).read_text(encoding="utf-8").splitlines()
     first = function.__code__.co_firstlineno
     return list(enumerate(lines[first - 1 : first + 40], first))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Console
+# ---------------------------------------------------------------------------------------------------------------------
+
+BROWSER_ACCEPT = "text/html,application/xhtml+xml,application/xml;q=0.9,image/webp,*/*;q=0.8"
+HOSTILE = """<script>document.title = 'pwned'</script>"onmouseover='x=1' </pre></li><img src=x onerror=alert(1)>&lt;"""
+
+
+class Page(html.parser.HTMLParser):
+    """A parsed page: ``tags`` is a list of (name, attributes); it fails for markup that is not balanced."""
+
+    EMPTY = ("meta", "link", "input", "br", "img")
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self._open, self.text = [], [], ""
+        assert text.startswith("<!DOCTYPE html>")
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.EMPTY:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def named(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def console_registry():
+    """Return job types for pages: step (logs and waits until released, ``step.go``), echo, fail, hostile, give."""
+    registry = csp.Registry()
+    registry.steps = queue.Queue()
+
+    @registry.asynchronous
+    def step(task_id, input):
+        """Make a step each time it is told to.
+
+        It logs, and shows progress.
+        """
+        logger = logging.getLogger(task_id)
+        logger.setLevel(logging.DEBUG)
+        logger.addHandler(csp.StoringHandler(task_id, input))
+        for number in itertools.count(1):
+            word = registry.steps.get(timeout=PATIENCE_SECONDS)
+            if word == "stop":
+                return {"steps": number}
+            logger.log(getattr(logging, word), "step %d is %s", number, word)
+            csp.util.set_progress(task_id, number / 4, f"number {number}")
+            csp.check_cancelled(task_id)
+
+    @registry.asynchronous
+    def patient(task_id, input):
+        while True:
+            csp.check_cancelled(task_id)
+            threading.Event().wait(0.01)
+
+    @registry.synchronous
+    def echo(task_id, input):
+        return input.get("data")
+
+    @registry.synchronous
+    def give(task_id, input):
+        """Give back bytes."""
+        return base64.b64decode(input["data"])
+
+    @registry.asynchronous
+    def hostile(task_id, input):
+        logger = logging.getLogger(task_id)
+        logger.addHandler(csp.StoringHandler(task_id, input))
+        logger.error(HOSTILE)
+        csp.util.set_progress(task_id, 0.5, HOSTILE)
+        if input.get("data") == "fail":
+            raise ValueError(HOSTILE)
+        return HOSTILE
+
+    hostile.__doc__ = HOSTILE
+    return registry
+
+
+def page_of(client, path, status=200, key=ADMIN, **headers):
+    answer = client.get(path, key=key, Accept=BROWSER_ACCEPT, **headers)
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "text/html; charset=utf-8"), answer.body
+    assert "Accept" in ", ".join(answer.headers.get_all("Vary"))
+    return answer
+
+
+class TestConsole:
+    @pytest.fixture
+    def console(self, start):
+        return start(console_registry())
+
+    def sign_in(self, browser, url, path="/"):
+        browser.open(url + "login?next=" + urllib.parse.quote(path))
+        browser.fill("#username", "admin").fill("#password", SETTINGS["PASSWORD"]).click("main button", "Sign in")
+        browser.find("header button", "Sign out")
+        return browser
+
+    @pytest.mark.parametrize(
+        "accept, is_page",
+        [
+            (None, False),
+            ("*/*", False),
+            ("application/json", False),
+            ("text/*", False),
+            (BROWSER_ACCEPT, True),
+            ("text/html", True),
+            ("text/html;q=0", False),
+            ("text/html;q=0.0, */*", False),
+            ("application/json, text/html;q=0.9", False),
+            ("application/json;q=0.5, text/html;q=0.9", True),
+            ("application/json, text/html", True),
+            ("TEXT/HTML", False),
+            ("text/html;level=1;q=0.5", True),
+            ("text/html2", False),
+            ("text/html;q=x", True),
+        ],
+    )
+    @pytest.mark.parametrize("path", ["/", "/job", "/login", "/job/x", "/nothing"])
+    def test_a_page_is_for_whoever_prefers_pages(self, console, accept, is_page, path):
+        answer = console.client.get(path, **({} if accept is None else {"Accept": accept}))
+        assert answer.headers["Content-Type"] == ("text/html; charset=utf-8" if is_page else "application/json")
+        assert is_page == answer.body.startswith(b"<!DOCTYPE html>")
+        assert answer.headers["Vary"] == "Accept"
+
+    def test_a_browser_may_ask_for_json(self, console):
+        job = console.client.submit("echo", "x")
+        answer = console.client.get(f"/job/{job['job_id']}?_format=json", key=ADMIN, Accept=BROWSER_ACCEPT)
+        assert answer.json["data"] == "x"
+        assert console.client.get("/job?_format=json", Accept=BROWSER_ACCEPT).json["list"] == ["/job/" + job["job_id"]]
+
+    def fill(self, console):
+        """Put a job of each kind into the service; return the paths of all pages that there are then."""
+        client = console.client
+        image = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+        console.registry.steps.put("WARNING")
+        jobs = [
+            client.submit("echo", {"a": [1, "ü"]}, metadata={"kind": HOSTILE, HOSTILE: 1}),
+            client.submit("echo", "a,b\n1,2\n", metadata={"mimetype": "text/csv"}),
+            client.submit("echo", HOSTILE, metadata={"mimetype": "text/html"}),
+            client.submit("echo", "x" * 100_000, api_key="k" * 300),
+            client.submit("give", image, metadata={"mimetype": "image/png"}),
+            client.submit("give", image),
+            client.submit("hostile", HOSTILE, job_id='<b>"x"&'),
+            client.submit("hostile", "fail", result_url="http://127.0.0.1:9/?<script>".replace("<script>", "a")),
+            client.submit("step", job_id="running"),
+            client.submit("echo"),
+        ]
+        for job in jobs:
+            if job["job_id"] != "running":
+                client.finish(job)
+        eventually(lambda: client.show(jobs[8])["logs"])
+        paths = ["/", "/job", "/job?_status=complete", "/job?_id=nothing", "/login", "/console/submit", "/nothing"]
+        return paths + ["/job/" + urllib.parse.quote(job["job_id"], safe="") for job in jobs]
+
+    def test_every_page_is_sound_and_has_nothing_inline(self, console):
+        for path in self.fill(console):
+            for key in (ADMIN, None):
+                answer = console.client.get(path, key=key, Accept=BROWSER_ACCEPT)
+                if answer.status == 302:
+                    continue
+                assert len(answer.body) < 60_000, path
+                page = Page(answer.body.decode("utf-8"))
+                identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+                assert len(identifiers) == len(set(identifiers)), path
+                assert page.named("style", "iframe", "object", "embed", "base") == []
+                names = {name for _, attributes in page.tags for name in attributes}
+                assert [name for name in names if name.startswith("on") or name in ("style", "srcdoc")] == []
+                assert [script["src"] for script in page.named("script")] == [csp.SCRIPT_PATH]
+                assert [link["href"] for link in page.named("link") if link["rel"] == "stylesheet"] == [csp.STYLE_PATH]
+                addresses = [tag.get("href") or tag.get("src") for tag in page.named("a", "img", "script")]
+                addresses += [form["action"] for form in page.named("form")]
+                assert [address for address in addresses if not re.match("/(?!/)|#", address)] == []
+                assert [form for form in page.named("form") if form["method"] not in ("get", "post")] == []
+                labelled = {label["for"] for label in page.named("label") if "for" in label}
+                for field in page.named("input", "select", "textarea"):
+                    is_inside = field.get("name") == "api_key" and "id" not in field or field.get("id") == "follow"
+                    assert (
+                        field.get("type") == "hidden" or "aria-label" in field or is_inside or (field["id"] in labelled)
+                    ), (path, field)
+                policy = answer.headers["Content-Security-Policy"]
+                assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
+                assert answer.headers["Referrer-Policy"] == "same-origin"
+                assert answer.headers["X-Content-Type-Options"] == "nosniff"
+                assert answer.headers["Cache-Control"] == "no-store"
+
+    def test_style_and_script_are_kept_under_the_name_of_their_content(self, console):
+        for path, kind, text in (
+            (csp.STYLE_PATH, "text/css", csp.STYLE),
+            (csp.SCRIPT_PATH, "text/javascript", csp.SCRIPT),
+        ):
+            answer = console.client.get(path)
+            assert (answer.body.decode(), answer.headers["Content-Type"]) == (text, f"{kind}; charset=utf-8")
+            assert answer.headers.get_all("Cache-Control") == ["public, max-age=31536000, immutable"]
+            assert hashlib.sha256(text.encode()).hexdigest()[:12] in path
+        assert csp._asset_path("style.css", csp.STYLE + " ") != csp.STYLE_PATH
+        assert console.client.get("/console/style-0.css").status == 404
+
+    def test_ten_thousand_jobs_of_the_longest_kind_fit_on_a_page(self, tmp_path, start):
+        csp.Store(str(tmp_path / "jobs.db")).close()
+        fill(tmp_path / "jobs.db", 10_000)
+        client = start(console_registry()).client
+        page = page_of(client, "/job")
+        assert len(page.body) < 60_000 and page.body.count(b'<td data-label="Type">') == csp.PAGE_ROWS
+        seen, path = [], "/job?_limit=200&_format=json"
+        while path:
+            answer = client.get(path)
+            seen += answer.json["list"]
+            path = (re.findall("<(.+)>", answer.headers["Link"] or "") or [None])[0]
+        assert len(seen) == len(set(seen)) == 10_000
+        older = re.search(r'href="([^"]+)" rel="next"', page.body.decode())[1].replace("&amp;", "&")
+        first, second = (
+            set(re.findall(r'class="id" href="([^"]+)"', page_of(client, path).body.decode()))
+            for path in ("/job", older)
+        )
+        assert first == set(seen[:50]) and second == set(seen[50:100])
+
+    @pytest.mark.parametrize(
+        "query, count",
+        [
+            ("", 6),
+            ("?_status=complete", 4),
+            ("?_status=error", 1),
+            ("?_status=running", 1),
+            ("?_status=queued", 0),
+            ("?_type=echo", 4),
+            ("?_type=echo&_status=error", 0),
+            ("?_type=fail&_status=error", 1),
+            ("?_metadata=color%3Dred", 2),
+            ("?_metadata=color%3Dred&_type=echo&_status=complete", 2),
+            ("?color=red", 2),
+            ("?_metadata=color", 6),
+            ("?_id=my-", 2),
+            ("?_id=my-1", 1),
+            ("?_id=%25", 0),
+            ("?_status=&_type=&_metadata=&_id=", 6),
+            ("?done=delete", 6),
+        ],
+    )
+    def test_the_list_is_filtered(self, start, query, count):
+        registry = console_registry()
+        registry.asynchronous(named("fail", lambda task_id, input: 1 / 0))
+        client = start(registry).client
+        for number in range(4):
+            more = {"metadata": {"color": "red" if number % 2 else "blue"}}
+            client.submit("echo", number, job_id=f"my-{number}" if number < 2 else None, **more)
+        client.finish(client.submit("fail"))
+        job = client.submit("patient")
+        eventually(lambda: client.show(job)["started_timestamp"])
+        page = page_of(client, "/job" + query).body.decode()
+        assert len(re.findall(r'class="id" href="/job/', page)) == count
+        assert ("There is no such job." in page) == (count == 0)
+        client.post(f"/job/{job['job_id']}/cancel", key=ADMIN)
+
+    def test_who_is_not_the_administrator_sees_ids_only(self, console):
+        client = console.client
+        job = client.submit("echo", "data", metadata={"s3cret-key": "s3cret"}, job_id="known")
+        for path in ("/job", "/", "/job/known"):
+            page = page_of(client, path, 403 if path == "/job/known" else 200, key=None).body.decode()
+            assert "s3cret" not in page and job["job_key"] not in page and "Latest failures" not in page
+            assert re.findall("/console/(?!style-|script-)", page) == []
+
+    def test_a_hidden_list_asks_to_sign_in(self, start):
+        page = page_of(start(console_registry(), PUBLIC_JOB_LIST=False).client, "/job", 403, key=None)
+        assert b'href="/login?next=/job"' in page.body
+
+    def test_results_are_shown_as_what_they_are(self, console):
+        client = console.client
+
+        def result(type_name, data, mimetype=None):
+            job = client.submit(type_name, data, **({"metadata": {"mimetype": mimetype}} if mimetype else {}))
+            return page_of(client, "/job/" + job["job_id"]).body.decode()
+
+        image = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
+        assert '<img class="result" src="/job/' in result("give", image, "image/png")
+        assert '<img class="result"' not in result("give", image) and "8 bytes" in result("give", image)
+        assert '<img class="result"' not in result("give", image, "image/svg+xml")
+        page = result("echo", "name,size\nü,1\n", "text/csv")
+        assert '<th scope="col">name</th>' in page and "<td>ü</td><td>1</td>" in page
+        assert '<th scope="col">a</th>' in result("echo", 'a\n"b', "text/csv")
+        assert '<pre id="data" tabindex="0">{\n  &quot;a&quot;: 1\n}</pre>' in result("echo", {"a": 1})
+        assert '<pre id="data" tabindex="0">a text</pre>' in result("echo", "a text")
+        page = result("echo", "x" * 100_000)
+        assert "The first 6,000 of 100,000 characters" in page and "/data" in page
+
+    def test_the_log_is_filtered_by_level(self, console):
+        job = console.client.submit("step")
+        for word in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", "stop"):
+            console.registry.steps.put(word)
+        console.client.finish(job)
+        for level, count in (("", 5), ("info", 4), ("warning", 3), ("error", 2), ("nonsense", 5)):
+            page = page_of(console.client, f"/job/{job['job_id']}?level={level}").body.decode()
+            assert len(re.findall("<li class=", page)) == count
+
+    def test_the_chart_counts_what_ended_in_each_hour_also_after_a_restart(self, start, tmp_path):
+        running = start(console_registry())
+        for _ in range(3):
+            running.client.submit("echo", 1)
+        running.client.finish(running.client.submit("hostile", "fail"))
+        running.stop()
+        page = page_of(start(console_registry()).client, "/").body.decode()
+        assert "3 complete and 1 failed in the last 24 hours" in page
+        bars = re.findall(r'<rect class="(\w+)"', page)
+        assert set(bars) == {"complete", "error"}
+        numbers = re.findall(r": (\d+) (complete|failed)</title>", page)
+        assert sum(int(jobs) for jobs, word in numbers if word == "complete") == 3
+
+    # -- signing in
+
+    def test_a_wrong_password_is_said_in_the_form_without_a_pop_up(self, console):
+        fields = urllib.parse.urlencode({"username": "<admin>", "password": "wrong", "next": "/job?_status=error"})
+        answer = console.client.request("POST", "/login", fields, {**FORM, "Accept": BROWSER_ACCEPT})
+        assert answer.status == 401 and "WWW-Authenticate" not in answer.headers
+        page = Page(answer.body.decode())
+        values = {field["name"]: field.get("value") for field in page.named("input")}
+        assert values == {"username": "<admin>", "password": None, "next": "/job?_status=error"}
+        assert "user name or password is wrong" in page.text
+        for _ in range(csp.FREE_FAILURES):
+            answer = console.client.request("POST", "/login", fields, {**FORM, "Accept": BROWSER_ACCEPT})
+        assert (
+            answer.status == 429 and answer.headers["Retry-After"] and "Too many failed logins" in answer.body.decode()
+        )
+
+    @pytest.mark.parametrize(
+        "path", ["//evil.example", "https://evil.example", "/\\evil.example", "javascript:alert(1)"]
+    )
+    def test_signing_in_leads_nowhere_else(self, console, path):
+        page = Page(page_of(console.client, "/login?next=" + urllib.parse.quote(path, safe=""), key=None).body.decode())
+        assert [field["value"] for field in page.named("input") if field["name"] == "next"] == ["/"]
+
+    # -- the key of a job
+
+    def test_a_job_key_typed_into_its_page_opens_that_job_and_no_other(self, console):
+        client = console.client
+        job, other = client.submit("echo", "mine"), client.submit("echo", "other")
+        path = "/job/" + job["job_id"]
+        page = page_of(client, path, 403, key=None).body
+        assert b"This job needs a key" in page and b"mine" not in page
+        browser = {**FORM, "Accept": BROWSER_ACCEPT, "Origin": client.url.rstrip("/")}
+
+        def type_in(key):
+            return client.request("POST", path + "/key", urllib.parse.urlencode({"job_key": key}), browser)
+
+        for wrong in ("", "x", other["job_key"], "ü"):
+            answer = type_in(wrong)
+            assert (answer.status, answer.headers["Set-Cookie"]) == (403, None)
+            assert b"That is not the key of this job." in answer.body
+        answer = type_in(" " + job["job_key"])
+        cookie, _, attributes = answer.headers["Set-Cookie"].partition("; ")
+        assert (answer.status, answer.headers["Location"]) == (302, path)
+        assert attributes == f"Path={path}; HttpOnly; SameSite=Strict"
+        assert b"mine" in page_of(client, path, key=None, Cookie=cookie).body
+        assert client.get(path + "/data", Cookie=cookie).body == b"mine"
+        assert client.get("/job/" + other["job_id"], Cookie=cookie).status == 403
+        assert (
+            client.request("POST", path + "/delete", headers={**browser, "Cookie": cookie, "Origin": "null"}).status
+            == 403
+        )
+        assert client.request("POST", path + "/delete", headers={**FORM, "Cookie": cookie}).status == 403
+        form = urllib.parse.urlencode({"api_key": "k"})
+        again = client.request("POST", path + "/resubmit", form, {**browser, "Cookie": cookie})
+        new_path = again.headers["Location"].partition("?")[0]
+        new_cookie = again.headers["Set-Cookie"].partition(";")[0]
+        assert page_of(client, new_path, key=None, Cookie=new_cookie).status == 200
+        assert client.request("POST", path + "/delete", headers={**browser, "Cookie": cookie}).status == 302
+        assert client.get(path, key=ADMIN).status == 404
+
+    @pytest.mark.parametrize("route", csp.CONSOLE_ROUTES, ids=lambda route: f"{route.method} {route.path}")
+    @pytest.mark.parametrize("origin", [None, "null", "https://evil.example"])
+    def test_forms_of_other_sites_do_nothing(self, console, route, origin):
+        client = console.client
+        job = client.submit("echo", "x")
+        if route.access == "all":
+            return
+        headers = {**FORM, "Cookie": log_in(client), "Accept": BROWSER_ACCEPT}
+        headers.update({"Origin": origin} if origin else {})
+        fields = {"job_id": job["job_id"], "action": "delete", "days": "0", "job_type": "echo", "api_key": "k"}
+        path = route.path.replace("<job_id>", job["job_id"])
+        answer = client.request(route.method, path, urllib.parse.urlencode(fields), headers)
+        assert answer.status == (200 if route.method == "GET" else 403)
+        assert client.get("/job").json == {"list": ["/job/" + job["job_id"]]}
+
+    @pytest.mark.parametrize(
+        "fields, status, sentence",
+        [
+            ({"job_type": "echo", "data": '{"a": 1}'}, 302, ""),
+            ({"job_type": "echo"}, 302, ""),
+            ({"job_type": "echo", "data": "{"}, 409, "data is not JSON"),
+            ({"job_type": "echo", "metadata": "[1]"}, 409, "metadata has to be a json object"),
+            ({"job_type": "echo", "metadata": "NaN"}, 409, "metadata is not JSON"),
+            ({"job_type": "gone"}, 409, "Job type gone not available"),
+            ({}, 409, "Please specify a job type"),
+            ({"job_type": "echo", "result_url": "ftp://x"}, 409, "result_url has to start with http"),
+            ({"job_type": "echo", "api_key": ""}, 409, "Please provide your API key."),
+        ],
+        ids=str,
+    )
+    def test_the_form_to_submit_says_what_is_wrong_and_keeps_what_was_typed(self, console, fields, status, sentence):
+        fields = {"api_key": "<key>", **fields}
+        headers = {**FORM, "Authorization": ADMIN, "Accept": BROWSER_ACCEPT}
+        answer = console.client.request("POST", "/console/submit", urllib.parse.urlencode(fields), headers)
+        assert answer.status == status
+        if status == 302:
+            path = answer.headers["Location"].partition("?")[0]
+            done = eventually(lambda: (job := console.client.get(path, key=ADMIN).json)["status"] == "complete" and job)
+            assert done["data"] == json.loads(fields.get("data", "null"))
+        else:
+            page = Page(answer.body.decode())
+            assert sentence in page.text
+            assert fields.get("data", "").strip() in page.text
+            assert [field["value"] for field in page.named("input") if field.get("name") == "api_key"] == [
+                fields["api_key"]
+            ]
+
+    # -- a real browser
+
+    def test_a_person_watches_and_steers_jobs(self, console, browse):
+        url, browser = console.client.url, browse()
+        browser.open(url + "job?_status=running").click("header a", "Sign in")
+        browser.fill("#username", "admin").fill("#password", "wrong").click("main button", "Sign in")
+        assert "password is wrong" in browser.read("[role=alert]")
+        browser.fill("#password", SETTINGS["PASSWORD"]).click("main button", "Sign in")
+        browser.find("h1", "Jobs")
+        assert browser.url == url + "job?_status=running"
+        complaints = browser.complaints()  # Chromium notes the 401 of the wrong password
+        assert len(complaints) <= 1 and "401" in "".join(complaints)
+
+        console.client.submit("echo", "x", job_id="an-echo")
+        console.client.submit("step", 7, job_id="a-step")
+        browser.open(url + "job")
+        browser.find("a.id", "an-echo")
+        browser.click("#type option", "step").click("main button", "Show")
+        eventually(lambda: browser.texts("a.id") == ["a-step"])
+        browser.click("a.id", "a-step").find(".badge", "running")
+        mark = browser.script("return window.mark = Math.random()")
+        for number, word in enumerate(("INFO", "DEBUG", "WARNING"), 1):
+            console.registry.steps.put(word)
+            browser.find("#log li:last-child", f"{word} step {number} is {word}")
+            browser.find("#progress", f"{number * 25} % number {number}")
+        assert browser.get("#progress progress", "value") == 0.75
+        assert browser.script("return window.mark") == mark, "without a reload"
+        browser.click("#head button", "Cancel").find("[role=status]", "Told to stop")
+        console.registry.steps.put("INFO")
+        browser.find(".badge", "failed")
+        browser.find("#error", "cancelled")
+        browser.fill("#head input[name=api_key]", "again").click("#head button", "Resubmit")
+        browser.find("[role=status]", "Submitted again")
+        again = browser.path
+        assert again != "/job/a-step" and "a-step" in browser.read("#facts")
+        console.registry.steps.put("stop")
+        browser.find(".badge", "complete")
+        browser.find("#data", '"steps": 1')
+        browser.click("#head summary", "Delete").click("#head button", "Delete for good")
+        browser.find("[role=status]", "Deleted.")
+        assert console.client.get(again, key=ADMIN).status == 404
+        copied = browser.cookies()[csp.COOKIE]
+        browser.click("header button", "Sign out").find("header a", "Sign in")
+        browser.set_cookie(csp.COOKIE, copied)
+        browser.open(url + "console/submit").find("h1", "Forbidden")
+        assert [line for line in browser.complaints() if "403" not in line] == []
+
+    def test_without_javascript_the_same_steps_are_made_by_forms(self, console, browse):
+        url, browser = console.client.url, browse(javascript=False)
+        browser.open(url + "login?next=/job")
+        browser.fill("#username", "admin").fill("#password", "wrong").click("main button", "Sign in")
+        assert "password is wrong" in browser.read("[role=alert]")
+        browser.fill("#password", SETTINGS["PASSWORD"]).click("main button", "Sign in").find("h1", "Jobs")
+        browser.open(url + "console/submit").click("#job_type option", "step").fill("#data", '{"n": 1}')
+        browser.click("main button", "Submit").find("[role=status]", "Submitted.")
+        path = browser.path
+        console.registry.steps.put("WARNING")
+        eventually(lambda: browser.refresh() or "step 1 is WARNING" in "".join(browser.texts("#log li")))
+        assert "25 % number 1" in browser.read("#progress")
+        browser.click("#level option", "error and above").click("main button", "Show")
+        eventually(lambda: not browser.texts("#log li"))
+        browser.click("#head button", "Cancel").find("[role=status]", "Told to stop")
+        console.registry.steps.put("INFO")
+        eventually(lambda: browser.refresh() or "failed" in browser.read(".badge"))
+        browser.fill("#head input[name=api_key]", "again").click("#head button", "Resubmit")
+        browser.find("[role=status]", "Submitted again")
+        console.registry.steps.put("stop")
+        eventually(lambda: browser.refresh() or "complete" in browser.read(".badge"))
+        browser.open(url + "job").click(f"input[value='{path.rpartition('/')[2]}']").click("main button", "Delete")
+        browser.find("[role=status]", "Deleted.")
+        assert len(browser.texts("a.id")) == 1
+        browser.fill("#days", "0").click("main button", "Clear old jobs").find("[role=status]", "Old jobs are cleared.")
+        assert browser.texts("a.id") == []
+        browser.click("header button", "Sign out").find("header a", "Sign in")
+        assert csp.COOKIE not in browser.cookies()
+
+    def test_what_jobs_hold_is_text_and_nothing_else(self, console, browse):
+        client, browser = console.client, browse()
+        good = client.finish(client.submit("hostile", HOSTILE, metadata={HOSTILE: HOSTILE}))
+        bad = client.finish(client.submit("hostile", "fail"))
+        live = client.submit("step", HOSTILE, metadata={"kind": HOSTILE}, job_id='"><script>&amp;')
+        self.sign_in(browser, client.url)
+        for path in ("/", "/job", "/job?_id=%3Cscript%3E&_metadata=%22%3E%3Cimg%20src=x%20onerror=alert(1)%3E"):
+            browser.open(client.url + path[1:])
+            assert "pwned" not in browser.script("return document.title")
+            assert browser.elements("main img, main script, [onmouseover], [onerror]") == []
+        for job in (good, bad, live):
+            browser.open(client.url + "job/" + urllib.parse.quote(job["job_id"], safe=""))
+            assert browser.read("h1") == job["job_id"]
+            if job is live:
+                console.registry.steps.put("INFO")
+                browser.find("#log li", "step 1")
+                console.registry.steps.put("stop")
+                browser.find(".badge", "complete")
+            elif job is good:
+                assert HOSTILE in browser.read("#data") and HOSTILE in browser.read("#log")
+                assert HOSTILE in browser.read("#facts")
+            else:
+                assert HOSTILE in browser.read("#error")
+            assert browser.elements("main img, main script, [onmouseover], [onerror]") == []
+            assert "pwned" not in browser.script("return document.title")
+        assert browser.complaints() == []
+
+    def test_a_live_line_of_a_hostile_job_is_text(self, console, browse):
+        registry = console.registry
+        go = threading.Event()
+
+        @registry.asynchronous
+        def shout(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            go.wait(PATIENCE_SECONDS)
+            logger.error(HOSTILE)
+            csp.util.set_progress(task_id, 0.5, HOSTILE)
+            registry.steps.get(timeout=PATIENCE_SECONDS)
+
+        job = console.client.submit("shout")
+        browser = self.sign_in(browse(), console.client.url, "/job/" + job["job_id"])
+        browser.find(".badge", "running")
+        go.set()
+        browser.find("#log li", HOSTILE)
+        browser.find("#progress", HOSTILE)
+        assert browser.elements("main img, main script, [onmouseover], [onerror]") == []
+        registry.steps.put("stop")
+        browser.find(".badge", "complete")
+        assert browser.complaints() == [] and "pwned" not in browser.script("return document.title")
+
+    def test_the_overview_is_live(self, console, browse):
+        browser = self.sign_in(browse(), console.client.url)
+        mark = browser.script("return window.mark = Math.random()")
+        browser.find("#numbers .running", "0")
+        console.client.submit("step", job_id="a")
+        browser.find("#numbers .running", "1")
+        console.registry.steps.put("stop")
+        browser.find("#numbers .complete", "1")
+        browser.find("#chart", "1 complete and 0 failed")
+        console.client.submit("hostile", "fail", job_id="b")
+        browser.find("#failures a", "b")
+        assert browser.script("return window.mark") == mark and browser.complaints() == []
+
+    def test_a_key_opens_a_job_in_a_browser(self, console, browse):
+        browser, job = browse(), console.client.submit("step", job_id="mine")
+        browser.open(console.client.url + "job/mine").fill("#job_key", "wrong").click("main button", "Show the job")
+        browser.find("[role=alert]", "not the key")
+        browser.fill("#job_key", job["job_key"]).click("main button", "Show the job").find("h1", "mine")
+        console.registry.steps.put("INFO")
+        browser.find("#log li", "step 1")  # the stream is opened by the same cookie
+        console.registry.steps.put("stop")
+        browser.find(".badge", "complete")
+
+    def test_a_page_asks_for_one_style_and_one_script_of_its_own_and_only_once(self, console, browse):
+        browser = self.sign_in(browse(), console.client.url)
+        browser.requests()
+        for path in ("", "job", "console/submit"):
+            browser.open(console.client.url + path)
+        asked = [url for url in browser.requests() if not url.startswith("data:")]
+        assert [url for url in asked if not url.startswith(console.client.url)] == []
+        logged = [url for url in asked if "/console/s" in url and "submit" not in url]
+        assert len(logged) == 6  # asked of the cache
+        sizes = browser.script("return performance.getEntriesByType('resource').map(entry => entry.transferSize)")
+        assert [size for size in sizes if size] == []
+
+    def test_the_keyboard_is_enough_and_focus_is_seen(self, console, browse):
+        browser = self.sign_in(browse(), console.client.url)
+        seen = []
+        for _ in range(40):
+            browser.press("\ue004")
+            seen.append(
+                browser.script(
+                    """const e = document.activeElement, s = getComputedStyle(e), r = e.getBoundingClientRect();
+                return [e.tagName, e.textContent.trim(), s.outlineStyle, r.width > 0 && r.left >= 0]"""
+                )
+            )
+            if seen[-1][0] == "BODY":
+                break
+        assert seen[0][1] == "Skip to the content"
+        assert {"Overview", "Jobs", "Try it", "Sign out", "How to submit"} <= {text for _, text, _, _ in seen}
+        assert [row for row in seen if row[0] != "BODY" and (row[2] == "none" or not row[3])] == []
+
+    @pytest.mark.parametrize("dark", [False, True])
+    @pytest.mark.parametrize("width", [360, 1280])
+    def test_nothing_is_wider_than_the_screen(self, console, browse, dark, width):
+        paths = self.fill(console)
+        browser = self.sign_in(browse(dark=dark, width=width), console.client.url)
+        for path in paths:
+            browser.open(console.client.url + path[1:])
+            assert browser.script("return [innerWidth, document.documentElement.scrollWidth]") == [width, width], path
+            back = browser.script("return getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", back))) < 200) == dark
+        console.registry.steps.put("stop")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
