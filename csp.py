@@ -1058,7 +1058,8 @@ _SCHEMA = (
 )
 _FILL_HOURS = """INSERT INTO hours
     SELECT CAST(strftime('%s', finished_timestamp, 'utc') AS INTEGER) / 3600 AS hour, status, count(*) FROM jobs
-    WHERE finished_timestamp > strftime('%Y-%m-%dT%H', 'now', 'localtime', '-1 day') GROUP BY hour, status"""
+    WHERE finished_timestamp > strftime('%Y-%m-%dT%H', 'now', 'localtime', '-1 day')
+    AND strftime('%s', finished_timestamp, 'utc') IS NOT NULL GROUP BY hour, status"""
 # From the predecessor's tables, renamed to old_*. What stands in them is checked, because this program splices JSON.
 _FROM_PREDECESSOR = (
     """INSERT INTO jobs (job_id, job_type, status, sent_data, data, error, metadata, result_url, api_key, job_key,
@@ -1289,7 +1290,7 @@ class Store:
             except BaseException:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
-                for undo in transaction.on_rollback:
+                for undo in reversed(transaction.on_rollback):
                     undo()
                 raise
             return transaction
@@ -1382,7 +1383,7 @@ class Store:
             found = [self.list_jobs(limit + offset, 0, one, (), before_seq, job_type)
                      for one in (PENDING, COMPLETE, ERROR)]
             return sorted(itertools.chain.from_iterable(found), reverse=True)[offset:offset + limit]
-        table, seq = "jobs j", "j.seq"
+        table, seq = "jobs j" + (" INDEXED BY jobs_running" if status == RUNNING else ""), "j.seq"
         where: List[str] = []
         values: List[Any] = []
         if metadata:
@@ -1408,7 +1409,7 @@ class Store:
     def find_jobs(self, id_prefix: str, limit: int) -> List[Tuple[int, str]]:
         """Return (seq, job id) of the jobs whose id begins so, in the order of their ids."""
         return self._read("SELECT seq, job_id FROM jobs WHERE job_id >= ? AND job_id < ? ORDER BY job_id LIMIT ?",
-                          (id_prefix, id_prefix + "\U0010ffff", limit))
+                          (id_prefix, id_prefix + "\U0010ffff" * 256, limit))
 
     def count_by_type(self) -> Dict[Tuple[str, str], int]:
         """Return how many jobs there are by (job type, status)."""
@@ -1426,7 +1427,7 @@ class Store:
         if not rows:
             return None
         run_at, requested = rows[0]
-        return float(run_at) if run_at > AFTER_STOP else epoch_seconds(requested)
+        return float(run_at) if run_at > AFTER_STOP else epoch_seconds(requested or "")
 
     def count_jobs(self) -> Dict[str, int]:
         """Return how many jobs are pending, complete and error, at constant cost."""
@@ -1514,6 +1515,7 @@ class Store:
                 transaction.executemany("INSERT INTO metadata (job_id, key, value, type, seq) VALUES (?, ?, ?, ?, ?)",
                                         _metadata_rows(job))
             transaction.count(job.job_type, job.status, 1)
+            transaction.touched.add(job.job_id)
             transaction.on_commit.append(then)
         return self._enqueue(operation)
 
@@ -1642,11 +1644,12 @@ class Store:
         """Delete jobs that finished before the timestamp and whose callback is not due any more; return how many."""
         def operation(transaction: Transaction) -> int:
             rows = transaction.execute(
-                """SELECT seq, job_type, status FROM jobs WHERE finished_timestamp < ? AND callback_at IS NULL
+                """SELECT seq, job_type, status, job_id FROM jobs WHERE finished_timestamp < ? AND callback_at IS NULL
                 ORDER BY finished_timestamp LIMIT ?""", (before, CLEAR_SLICE)).fetchall()
-            transaction.executemany("DELETE FROM jobs WHERE seq = ?", [(seq,) for seq, _, _ in rows])
-            for _, job_type, status in rows:
+            transaction.executemany("DELETE FROM jobs WHERE seq = ?", [(row[0],) for row in rows])
+            for _, job_type, status, job_id in rows:
                 transaction.count(job_type, status, -1)
+                transaction.touched.add(job_id)
             return len(rows)
         deleted = part = self._write(operation)
         while part == CLEAR_SLICE:
@@ -2751,7 +2754,7 @@ class Request:
     def preferences(self) -> Dict[str, str]:
         """The preferences of Prefer headers, by lower-case name, the first of each (RFC 7240, section 2)."""
         found: Dict[str, str] = {}
-        for preference in self.headers.get("prefer", "").split(","):
+        for preference in re.findall(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+', self.headers.get("prefer", "")):
             name, _, value = preference.partition(";")[0].partition("=")
             found.setdefault(name.strip().lower(), value.strip().strip('"'))
         return found
@@ -3419,7 +3422,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 6px 10px; border-top: 1px solid var(--line); vertical-align: top; }
 thead th { border-top: 0; font-size: 14px; color: var(--faint); }
 .scroll { overflow: auto; max-height: 480px; }
-.scroll table { font-size: 14px; }
+.scroll table { font-size: 14px; white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; }
 dt { color: var(--faint); } dd { margin: 0; min-width: 0; }
 progress { width: 100%; height: 14px; accent-color: var(--running); }
@@ -3947,9 +3950,9 @@ $lines</ol>
 <div class="columns"><section><h2>Input</h2>$input</section>
 <section id="callback" data-live><h2>Callback</h2>$callback</section></div>"""
 _LINE = '<li class="$level">$time <b>$level</b> $message</li>'
-_BUTTON = '<form method="post" action="$path/$action"><button$style>$text</button></form>'
-_RESUBMIT = """<form method="post" action="$path/resubmit"><label class="check">API key
-<input name="api_key" required autocomplete="off"></label> <button>Resubmit</button></form>"""
+_CANCEL = '<form method="post" action="$path/cancel"><button>Cancel</button></form>'
+_KEY_BUTTON = """<form method="post" action="$path/$action"><label class="check">API key
+<input name="api_key"$required autocomplete="off"></label> <button>$text</button></form>"""
 _DELETE = """<details><summary>Delete …</summary><form method="post" action="$path/delete">
 <button class="danger">Delete for good</button></form></details>"""
 _FACT = "<dt>$name</dt><dd>$value</dd>"
@@ -3975,9 +3978,9 @@ def job_page(viewer: Viewer, view: JobView) -> Html:
 
 def _job_actions(job: Job, path: str) -> List[Html]:
     if job.status == PENDING:
-        first = render(_BUTTON, path=path, action="cancel", style="", text="Cancel")
+        first = render(_CANCEL, path=path)
     else:
-        first = render(_RESUBMIT, path=path)
+        first = render(_KEY_BUTTON, path=path, action="resubmit", required=Html(" required"), text="Resubmit")
     return [first, render(_DELETE, path=path)]
 
 
@@ -4051,9 +4054,9 @@ def _callback_facts(job: Job, path: str, now: float) -> Html:
         if job.callback_at is not None:
             facts.append(("Next attempt", "now" if job.callback_at <= now else
                           f"in {human_seconds(job.callback_at - now)}"))
-    again = render(_BUTTON, path=path, action="callback", style="", text="Send again") if job.status != PENDING else ""
+    again = render(_KEY_BUTTON, path=path, action="callback", required="", text="Send again")
     return render("<dl>$facts</dl>$again", facts=[render(_FACT, name=name, value=value) for name, value in facts],
-                  again=again)
+                  again=again if job.status != PENDING else "")
 
 
 # -- try it
@@ -4404,7 +4407,7 @@ class Service:
         Whoever sends ``wait`` wants an answer in that time, so that a synchronous job is queued then, too.
         """
         given = request.preferences
-        applied = ["respond-async"] if given.get("respond-async") == "" else []
+        applied = ["respond-async"] if request.method != "GET" and given.get("respond-async") == "" else []
         wait = 0
         if re.fullmatch("[0-9]{1,9}", given.get("wait", "")):
             wait = min(int(given["wait"]), self.settings["MAX_WAIT_SECONDS"])
@@ -4604,7 +4607,8 @@ class Service:
 
     def callback_form(self, request: Request, job_id: str) -> Response:
         """Send a job's callback again and show the job."""
-        self._resend(self._find_job(request, job_id), request.form.get("api_key") or None)
+        api_key = request.form.get("api_key")
+        self._resend(self._find_job(request, job_id), _check_api_key(api_key) if api_key else None)
         return _go_to(job_path(job_id), "callback")
 
     def resubmit_form(self, request: Request, job_id: str) -> Response:
@@ -4692,6 +4696,7 @@ class Service:
     def _job_events(self, request: Request, job: Job, last_id: int) -> Iterator[bytes]:
         """Yield the events in the order of the log; many at once when much happens, see EVENT_SECONDS."""
         shown: Optional[Job] = None
+        next_look = time.monotonic() + KEEP_ALIVE_SECONDS
         with self.store.watch(job.job_id) as changed:
             while True:
                 changed.clear()
@@ -4708,13 +4713,15 @@ class Service:
                 shown = current
                 if current.status != PENDING or self.store.is_released:
                     return
-                if changed.wait(KEEP_ALIVE_SECONDS):
+                if changed.wait(max(0.0, next_look - time.monotonic())):
                     watchers = self.store.count_watchers(job.job_id)
                     self._closing.wait(EVENT_SECONDS + watchers * EVENT_SECONDS_PER_WATCHER)
-                elif self.auth.may_see(request, job):
+                if time.monotonic() >= next_look:
+                    with suppress(TooManyRequests):  # somebody else at this address guesses passwords
+                        if not self.auth.may_see(request, job):
+                            return
                     yield b": keep-alive\n\n"
-                else:
-                    return
+                    next_look = time.monotonic() + KEEP_ALIVE_SECONDS
 
     def stream_events(self, request: Request) -> Response:
         """Stream the numbers of jobs as Server-Sent Events, whenever they change."""
@@ -4722,14 +4729,18 @@ class Service:
 
     def _stats_events(self) -> Iterator[bytes]:
         shown: Dict[str, int] = {}
+        next_look = time.monotonic() + KEEP_ALIVE_SECONDS
         with self.store.watch(ANY_JOB) as changed:
             while not self.store.is_released:
                 changed.clear()
                 stats = self._count_states()
-                yield render_event("stats", stats) if stats != shown else b""
-                shown = stats
-                if not changed.wait(KEEP_ALIVE_SECONDS):
+                is_new = stats != shown
+                yield render_event("stats", stats) if is_new else b""
+                shown = stats  # a run leaves the numbers just after its end has been written: look once more
+                changed.wait(STATS_SECONDS if is_new else max(0.0, next_look - time.monotonic()))
+                if time.monotonic() >= next_look:
                     yield b": keep-alive\n\n"
+                    next_look = time.monotonic() + KEEP_ALIVE_SECONDS
                 self._closing.wait(STATS_SECONDS)
 
     def _count_states(self) -> Dict[str, int]:

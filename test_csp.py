@@ -6911,6 +6911,1924 @@ class TestService:
         assert client.submit("echo", "hi")["data"] == ">hi"
 
 
+class Later:
+    """What a function returns that is called in a thread of its own: ``result()``, ``is_done``."""
+
+    def __init__(self, function, *arguments, **options):
+        self.is_done, self._answer = False, queue.Queue()
+
+        def call():
+            try:
+                answer = (function(*arguments, **options), None)
+            except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+                answer = (None, error)
+            self.is_done = True
+            self._answer.put(answer)
+
+        threading.Thread(target=call, daemon=True).start()
+
+    def result(self):
+        value, error = self._answer.get(timeout=PATIENCE_SECONDS)
+        if error is not None:
+            raise error
+        return value
+
+
+def watched(service, job_id, count=1):
+    """Return when that many threads of the service wait for the job."""
+    eventually(lambda: service.service.store.count_watchers(job_id) >= count)
+
+
+def put(client, job_id, body, **headers):
+    """PUT a submission, an object or a text; return the Answer."""
+    text = body if isinstance(body, str) else json.dumps(body)
+    path = "/job/" + urllib.parse.quote(job_id, safe="")
+    return client.request("PUT", path, text, {"Content-Type": "application/json", **headers})
+
+
+def add_synchronous(gate):
+    """Add synchronous types to a Gate's: ``hold`` is held like its ``wait``, ``stream`` and ``raw`` stream a result."""
+
+    @gate.registry.synchronous
+    def hold(task_id, input):
+        gate.begun.put(task_id)
+        assert gate.open.wait(PATIENCE_SECONDS)
+        return input.get("data")
+
+    @gate.registry.synchronous
+    def stream(task_id, input):
+        return lambda: iter(["one ", b"two ", "\u00e4"])
+
+    @gate.registry.synchronous
+    def raw(task_id, input):
+        return lambda: iter([b"\xff\x00", "a", b"\xfe"])
+
+
+class TestWaiting:
+    """Prefer (RFC 7240), and PUT, which may be repeated."""
+
+    @pytest.fixture
+    def held(self, start, gate):
+        """A service with the types of ``gate`` and the synchronous ones."""
+        add_synchronous(gate)
+        return start(gate.registry, MAX_WAIT_SECONDS=20)
+
+    ASK = {  # how to ask, once there is a job "x" of the type wait, and whether the answer is the job with its key
+        "POST": (lambda client, job, body, **more: client.post("/job/x", body, **more), True),
+        "PUT": (lambda client, job, body, **more: put(client, "x", body, **more), True),
+        "PUT again": (lambda client, job, body, **more: put(client, "x", body, **more), True),
+        "GET": (lambda client, job, body, **more: client.get("/job/x", key=job["job_key"], **more), False),
+        "data": (lambda client, job, body, **more: client.get("/job/x/data", key=job["job_key"], **more), None),
+    }
+
+    @pytest.mark.parametrize("way", ASK)
+    def test_the_answer_comes_when_the_job_has_finished(self, held, gate, way):
+        ask, has_key = self.ASK[way]
+        body, job = {"job_type": "wait", "api_key": "secret-api-key", "data": ["\u00e4", 1]}, None
+        if way not in ("POST", "PUT"):
+            job = put(held.client, "x", body).json
+        asked = Later(ask, held.client, job, body, Prefer="wait=20")
+        watched(held, "x")
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        assert not asked.is_done
+        gate.open.set()
+        answer = asked.result()
+        assert answer.status == 200 and answer.headers["Preference-Applied"] == "wait=20"
+        if way == "data":
+            assert answer.json == ["\u00e4", 1]
+        else:
+            assert (answer.json["status"], answer.json["data"], answer.json["job_id"]) == (
+                "complete",
+                ["\u00e4", 1],
+                "x",
+            )
+            assert ("job_key" in answer.json) == has_key and answer.json["finished_timestamp"]
+        eventually(lambda: not held.service.store._watchers)
+
+    def test_a_submission_that_waits_shows_the_log_and_the_error(self, start):
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.warning("a line")
+            raise csp.JobError("no")
+
+        client = start(registry_of(work)).client
+        job = client.post("/job", {"job_type": "work", "api_key": "k"}, Prefer="wait=20").json
+        assert (job["status"], job["error"], messages(job)) == ("error", {"message": "no"}, ["a line"])
+
+    def test_the_data_of_a_job_that_failed_while_it_was_waited_for_is_its_error(self, held):
+        job = held.client.submit("fail")
+        answer = held.client.get(f"/job/{job['job_id']}/data", key=job["job_key"], Prefer="wait=20")
+        assert (answer.status, answer.error) == (409, {"message": "it failed"})
+        assert answer.headers["Preference-Applied"] == "wait=20"
+
+    @pytest.mark.parametrize("way", ASK)
+    def test_max_wait_seconds_is_the_longest(self, start, gate, way):
+        ask, _ = self.ASK[way]
+        service = start(gate.registry, MAX_WAIT_SECONDS=1)
+        body, job = {"job_type": "wait", "api_key": "k"}, None
+        if way not in ("POST", "PUT"):
+            job = put(service.client, "x", body).json
+        began = time.monotonic()
+        answer = ask(service.client, job, body, Prefer="wait=999999999")
+        assert 0.95 < time.monotonic() - began < 10
+        assert answer.headers["Preference-Applied"] == "wait=1"
+        if way == "data":
+            assert (answer.status, answer.error) == (409, "job x has not finished yet")
+        else:
+            assert (answer.status, answer.json["status"], answer.json["finished_timestamp"]) == (200, "pending", None)
+
+    def test_wait_0_is_answered_at_once(self, held, gate):
+        job = held.client.post("/job", {"job_type": "hold", "api_key": "k"}, Prefer="wait=0")
+        assert job.json["status"] == "pending" and job.headers["Preference-Applied"] == "wait=0"
+        shown = held.client.get("/job/" + job.json["job_id"], key=job.json["job_key"], Prefer="wait=0")
+        assert shown.json["status"] == "pending" and shown.headers["Preference-Applied"] == "wait=0"
+        assert held.service.store._watchers == {}
+
+    @pytest.mark.parametrize(
+        "fields, applied",
+        [
+            (["wait=7"], "wait=7"),
+            (["WAIT=7"], "wait=7"),
+            (["wait=007"], "wait=7"),
+            (['wait="7"'], "wait=7"),
+            ([" wait = 7 "], "wait=7"),
+            (["wait=7; a=b"], "wait=7"),
+            (["handling=lenient, wait=7"], "wait=7"),
+            (["handling=lenient", "wait=7"], "wait=7"),
+            (["wait=7", "wait=9"], "wait=7"),
+            (["wait=7, wait=9"], "wait=7"),
+            (["return=minimal;x, , ;,=,wait=7"], "wait=7"),
+            (["wait=0"], "wait=0"),
+            (["wait=21"], "wait=20"),
+            (["wait"], None),
+            (["wait="], None),
+            (["wait=-1"], None),
+            (["wait=+1"], None),
+            (["wait=1.5"], None),
+            (["wait=1e1"], None),
+            (["wait=0x1"], None),
+            (["wait=\xb2"], None),
+            (["wait=9999999999"], None),
+            (["wait=soon, wait=7"], None),
+            (["waits=7"], None),
+            (["a;wait=7"], None),
+            ([""], None),
+            ([","], None),
+            (['a="b, wait=7"'], None),
+        ],
+        ids=str,
+    )
+    def test_what_is_no_preference_is_ignored(self, held, fields, applied):
+        job = held.client.finish(held.client.submit("quick", job_id="x")) and held.client.get("/job/x", SECURE_KEY)
+        assert job.status == 200
+        head = f"GET /job/x HTTP/1.1\r\nHost: a\r\nConnection: close\r\nAuthorization: {SECURE_KEY}\r\n"
+        head += "".join(f"Prefer: {field}\r\n" for field in fields) + "\r\n"
+        answer = raw_exchange(held.server.url, head.encode("latin-1"))
+        found = re.search(rb"\r\nPreference-Applied: ([^\r]*)\r\n", answer)
+        assert answer.startswith(b"HTTP/1.1 200 ") and (found and found[1].decode()) == applied
+
+    @pytest.mark.parametrize("prefer", ["respond-async", "Respond-Async", "wait=5, respond-async", "respond-async;a=b"])
+    def test_respond_async_queues_what_is_synchronous(self, held, gate, prefer):
+        asked = Later(held.client.post, "/job/x", {"job_type": "hold", "api_key": "k", "data": 1}, Prefer=prefer)
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        if "wait" in prefer:
+            watched(held, "x")
+            gate.open.set()
+        answer = asked.result()
+        assert "respond-async" in answer.headers["Preference-Applied"]
+        assert ("wait=5" in answer.headers["Preference-Applied"]) == ("wait" in prefer)
+        assert answer.json["status"] == ("complete" if "wait" in prefer else "pending")
+        gate.open.set()
+        done = held.client.finish(answer.json)
+        assert (done["status"], done["data"], done["attempts"]) == ("complete", 1, 1)
+
+    def test_respond_async_with_a_value_is_not_respond_async(self, held, gate):
+        gate.open.set()
+        answer = held.client.post("/job", {"job_type": "hold", "api_key": "k"}, Prefer="respond-async=yes")
+        assert answer.json["status"] == "complete" and "Preference-Applied" not in answer.headers
+
+    @pytest.mark.parametrize(
+        "job_type, data, body",
+        [
+            ("stream", "one two \u00e4", "one two \u00e4".encode()),
+            ("raw", {"base64": base64.b64encode(b"\xff\x00a\xfe").decode()}, b"\xff\x00a\xfe"),
+        ],
+    )
+    @pytest.mark.parametrize("prefer", ["respond-async", "wait=20"])
+    def test_what_would_have_been_streamed_is_stored_in_one_piece(self, held, job_type, data, body, prefer):
+        job = held.client.post("/job", {"job_type": job_type, "api_key": "k"}, Prefer=prefer).json
+        job = {**held.client.finish(job), "job_key": job["job_key"]}
+        assert (job["status"], job["data"]) == ("complete", data)
+        assert held.client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == body
+
+    def test_a_stream_that_breaks_off_is_an_error(self, start):
+        registry = csp.Registry()
+
+        def parts():
+            yield "a"
+            raise csp.JobError("broken off")
+
+        registry.synchronous(lambda_named("work", lambda task_id, input: parts))
+        client = start(registry).client
+        job = client.post("/job", {"job_type": "work", "api_key": "k"}, Prefer="wait=20").json
+        assert (job["status"], job["data"], job["error"]) == ("error", None, {"message": "broken off"})
+
+    @pytest.mark.parametrize("way", ASK)
+    @pytest.mark.parametrize("follows", ["nothing", "another"])
+    def test_a_job_that_is_deleted_meanwhile_is_not_found(self, held, gate, way, follows):
+        ask, _ = self.ASK[way]
+        body, job = {"job_type": "hold", "api_key": "k"}, None
+        if way not in ("POST", "PUT"):
+            job = put(held.client, "x", body, Prefer="respond-async").json
+        asked = Later(ask, held.client, job, body, Prefer="respond-async, wait=20")
+        watched(held, "x")
+        assert held.client.delete("/job/x", key=SECURE_KEY).status == 200
+        if follows == "another":
+            held.client.submit("wait", job_id="x")
+        answer = asked.result()
+        assert (answer.status, answer.error) == (404, "job_id not found")
+
+    def test_who_waits_is_woken_by_the_writer_and_does_not_look_meanwhile(self, held, gate):
+        looks, store = [], held.service.store
+        get_job = store.get_job
+        store.get_job = lambda job_id: looks.append(job_id) or get_job(job_id)
+        asked = Later(held.client.post, "/job/x", {"job_type": "wait", "api_key": "k"}, Prefer="wait=20")
+        watched(held, "x")
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        for number in range(200):
+            assert held.client.get("/status").status == 200
+            held.client.submit("quick", number)
+        assert not asked.is_done
+        gate.open.set()
+        assert asked.result().json["status"] == "complete"
+        assert looks.count("x") <= 4  # after it is stored, is claimed, and has ended; once more if these coincide
+
+    def test_who_waits_is_answered_when_the_service_stops(self, held, gate):
+        ways = [
+            Later(held.client.post, "/job/x", {"job_type": "wait", "api_key": "k"}, Prefer="wait=20"),
+            Later(held.client.post, "/job/y", {"job_type": "hold", "api_key": "k"}, Prefer="wait=20"),
+        ]
+        watched(held, "x")
+        watched(held, "y")
+        stopping = Later(held.stop)
+        for way in ways:
+            answer = way.result()
+            assert (answer.status, answer.json["status"]) == (200, "pending")
+        gate.open.set()
+        stopping.result()
+
+    # -- PUT
+
+    BODY = '{"job_type": "quick", "api_key": "secret-api-key", "data": {"a": 1, "b": [{"c": 2, "d": null}]}}'
+    SAME = '{"data": {"b": [{"d": null, "c": 2}], "a": 1}, "api_key": "secret-api-key", "job_type": "quick"}'
+
+    @pytest.mark.parametrize("body", [BODY, SAME], ids=["the same text", "another order"])
+    @pytest.mark.parametrize("job_id", ["x", "a \u00e4%", "\U0001f600" * 255], ids=ascii)
+    def test_the_same_body_again_is_the_same_job_with_its_key(self, held, gate, body, job_id):
+        first = put(held.client, job_id, self.BODY)
+        assert first.status == 200 and len(first.json["job_key"]) == 32
+        second = put(held.client, job_id, body)
+        assert second.status == 200
+        same = ("job_id", "job_key", "requested_timestamp", "sent_data")
+        assert [second.json[name] for name in same] == [first.json[name] for name in same]
+        held.client.finish(first.json)
+        assert read_rows(held.path, "SELECT api_key FROM jobs") == [(None,)]  # it is erased, and still compared
+        third = put(held.client, job_id, body)
+        assert (third.status, third.json["job_key"], third.json["status"]) == (200, first.json["job_key"], "complete")
+        assert len(gate.order) == 1
+
+    def test_the_same_body_after_a_restart_is_the_same_job(self, start, gate):
+        before = start(gate.registry)
+        first = put(before.client, "x", self.BODY).json
+        before.client.finish(first)
+        before.stop()
+        client = start(gate.registry).client
+        again = put(client, "x", self.SAME)
+        assert (again.status, again.json["job_key"], again.json["status"]) == (200, first["job_key"], "complete")
+        assert put(client, "x", self.BODY.replace("1", "3")).status == 409
+        assert len(gate.order) == 1
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"data": {"a": 2}},
+            {"data": {"a": "1"}},
+            {"data": {"a": True}},
+            {"data": {"a": 1.0}},
+            {"data": {"a": 1, "b": None}},
+            {"data": [["a", 1]]},
+            {"data": None},
+            {"api_key": "another"},
+            {"api_key": 1},
+            {"metadata": None},
+            {"metadata": {}},
+            {"metadata": {"k": "w"}},
+            {"result_url": None},
+            {"result_url": "http://127.0.0.1:9/other"},
+            {"job_type": "wait"},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("is_done", [False, True], ids=["waiting", "finished"])
+    def test_another_body_is_a_conflict(self, start, gate, receiver, change, is_done):
+        service = start(gate.registry, WORKERS=1)
+        body = {
+            "job_type": "quick",
+            "api_key": "secret-api-key",
+            "data": {"a": 1},
+            "metadata": {"k": "v"},
+            "result_url": receiver.url,
+        }
+        if not is_done:
+            service.client.submit("wait")
+            gate.begun.get(timeout=PATIENCE_SECONDS)
+        job = put(service.client, "x", body).json
+        if is_done:
+            service.client.finish(job)
+            receiver.wait()
+        answer = put(service.client, "x", {**body, **change})
+        assert (answer.status, answer.json) == (409, {"error": "job_id x already exists"})
+        assert job["job_key"].encode() not in answer.body
+        again = put(service.client, "x", body)
+        assert (again.status, again.json["job_key"]) == (200, job["job_key"])
+
+    def test_what_is_left_out_is_what_is_null(self, held):
+        job = put(held.client, "x", {"job_type": "quick", "api_key": "k"}).json
+        nulls = {"job_type": "quick", "api_key": "k", "data": None, "metadata": None, "result_url": ""}
+        assert put(held.client, "x", nulls).json["job_key"] == job["job_key"]
+
+    def test_a_job_submitted_by_post_under_that_id_counts(self, held):
+        job = held.client.post("/job/x", json.loads(self.BODY)).json
+        assert put(held.client, "x", self.SAME).json["job_key"] == job["job_key"]
+        assert held.client.post("/job/x", json.loads(self.BODY)).status == 409
+
+    def test_an_id_that_the_service_has_made_is_a_conflict(self, held):
+        job = held.client.post("/job", json.loads(self.BODY)).json
+        again = held.client.post(f"/job/{job['job_id']}/resubmit", {"api_key": "secret-api-key"}, SECURE_KEY).json
+        for taken in (job, again):
+            answer = put(held.client, taken["job_id"], self.BODY)
+            assert (answer.status, answer.error) == (409, f"job_id {taken['job_id']} already exists")
+            assert taken["job_key"].encode() not in answer.body
+
+    @pytest.mark.parametrize("job_id", ["done", "pending-1", "bare"])
+    def test_a_job_of_the_predecessor_is_a_conflict(self, start, tmp_path, job_id):
+        make_predecessor(tmp_path / "jobs.db")
+        client = start().client
+        body = {"job_type": "echo", "api_key": "api-key-1", "data": "hello"}
+        answer = put(client, job_id, body)
+        assert (answer.status, answer.error) == (409, f"job_id {job_id} already exists")
+
+    def test_an_id_is_free_again_when_its_job_is_deleted(self, held):
+        first = put(held.client, "x", self.BODY).json
+        held.client.finish(first)
+        held.client.delete("/job/x", key=first["job_key"])
+        second = put(held.client, "x", self.BODY).json
+        assert second["job_key"] != first["job_key"]
+        held.client.finish(second)
+
+    @pytest.mark.parametrize("job_type", ["wait", "hold"])
+    def test_twenty_at_once_run_the_function_once(self, held, gate, job_type):
+        answers = []
+        body = {"job_type": job_type, "api_key": "k", "data": list(range(100))}
+        asked = Later(in_threads, 20, lambda number: answers.append(put(held.client, "x", body)))
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        eventually(lambda: len(answers) >= 19)  # the synchronous function runs in one of the requests
+        gate.open.set()
+        asked.result()
+        assert {answer.status for answer in answers} == {200}
+        assert len({answer.json["job_key"] for answer in answers}) == 1
+        assert held.client.finish(answers[0].json)["attempts"] == 1 and gate.begun.empty()
+
+    def test_the_listed_api_keys_apply(self, start):
+        client = start(API_KEYS="one,two").client
+        body = {"job_type": "async_echo", "api_key": "three"}
+        assert put(client, "x", body).status == 403
+        job = put(client, "x", {**body, "api_key": "one"})
+        assert job.status == 200
+        assert put(client, "x", {**body, "api_key": "one"}).json["job_key"] == job.json["job_key"]
+        assert [put(client, "x", {**body, "api_key": key}).status for key in ("two", "three")] == [409, 409]
+
+    def test_when_no_more_may_wait_what_is_there_is_still_returned(self, start, gate):
+        client = start(gate.registry, MAX_PENDING=1).client
+        body = {"job_type": "wait", "api_key": "k"}
+        job = put(client, "x", body).json
+        refused = put(client, "y", body)
+        assert refused.status == 503 and refused.headers["Retry-After"] == "30"
+        again = put(client, "x", body)
+        assert (again.status, again.json["job_key"]) == (200, job["job_key"])
+        assert put(client, "x", {**body, "data": 1}).status == 409
+
+    @pytest.mark.parametrize(
+        "body, sentence",
+        [("{", "Malformed json"), ('{"job_type": "quick"}', "Please provide your API key.")],
+        ids=["no JSON", "no key"],
+    )
+    def test_what_cannot_be_submitted_cannot_be_put(self, held, body, sentence):
+        assert (put(held.client, "x", body).status, put(held.client, "x", body).error) == (409, sentence)
+        assert put(held.client, "y" * 256, self.BODY).status == 409
+
+
+class EventStream:
+    """A client of Server-Sent Events (HTML standard, section 9.2) that is strict about what it gets.
+
+    ``next()`` returns (name, id, data) of the next event, None at the end; comments are counted in ``comments``.
+    """
+
+    def __init__(self, client, path, key=None, **headers):
+        self.comments = 0
+        self._connection = http.client.HTTPConnection(client.host, client.port, timeout=PATIENCE_SECONDS)
+        self._connection.request("GET", path, headers=with_key(key, headers))
+        self.response = self._connection.getresponse()
+        assert self.response.status == 200, self.response.read()
+        assert self.response.headers["Content-Type"] == "text/event-stream"
+
+    def next(self):
+        fields = {}
+        while True:
+            line = self.response.readline()
+            if not line:
+                assert fields == {}, "it ended in the middle of an event"
+                return None
+            RESPONSES.append(line)
+            assert line.endswith(b"\n") and b"\r" not in line, line
+            text = line[:-1].decode("utf-8")
+            if text.startswith(":"):
+                self.comments += 1
+            elif text:
+                name, separator, value = text.partition(": ")
+                assert separator and name in ("event", "id", "data") and name not in fields, line
+                fields[name] = value
+            elif fields:
+                return fields["event"], int(fields["id"]) if "id" in fields else None, json.loads(fields["data"])
+
+    def until(self, state):
+        """Return the events up to the status with that state."""
+        events = [self.next()]
+        while events[-1][0] != "status" or events[-1][2]["state"] != state:
+            events.append(self.next())
+            assert events[-1] is not None, events[:-1]
+        return events
+
+    def rest(self):
+        """Return all events to the end."""
+        return list(iter(self.next, None))
+
+    def close(self):
+        """Leave, as a client that closes its window does."""
+        self.response.close()
+        self._connection.close()
+
+
+@pytest.fixture
+def events():
+    """Return a function that opens an EventStream: ``events(client, job, **headers)``, closed at the end."""
+    streams = []
+
+    def open_stream(client, job=None, key=None, query="", **headers):
+        path = "/events" if job is None else "/job/" + urllib.parse.quote(job["job_id"], safe="") + "/events"
+        key = key if key is not None or job is None else job["job_key"]
+        streams.append(EventStream(client, path + query, key, **headers))
+        return streams[-1]
+
+    yield open_stream
+    for stream in streams:
+        stream.close()
+
+
+class Steps:
+    """A job type ``work`` that does what the test tells it, step by step: ``log(message)``, ``progress(fraction)``,
+    ``end()``. Each returns when it has been done."""
+
+    def __init__(self, **options):
+        self._orders, self._done = queue.Queue(), queue.Queue()
+
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.propagate = False
+            logger.setLevel(logging.DEBUG)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            while True:
+                order = self._orders.get(timeout=PATIENCE_SECONDS)
+                if order is None:
+                    return input.get("data")
+                order(task_id, logger)
+                self._done.put(None)
+
+        self.registry = registry_of(work, **options)
+
+    def do(self, order):
+        self._orders.put(order)
+        self._done.get(timeout=PATIENCE_SECONDS)
+
+    def log(self, *texts):
+        self.do(lambda task_id, logger: [logger.info("%s", text) for text in texts])
+
+    def progress(self, fraction, message=None):
+        self.do(lambda task_id, logger: csp.set_progress(task_id, fraction, message))
+
+    def fail(self, error):
+        def order(task_id, logger):
+            self._done.put(None)
+            raise error
+
+        self.do(order)
+
+    def end(self):
+        self._orders.put(None)
+
+
+@pytest.fixture
+def steps(start):
+    """Steps, ended before the services stop."""
+    steps = Steps()
+    yield steps
+    for _ in range(100):
+        steps.end()
+
+
+LOG_MODULE = """
+    import logging, time
+    import csp.job as job, csp.util as util
+
+    @job.asynchronous
+    def work(task_id, input):
+        logger = logging.getLogger(task_id)
+        logger.propagate = False
+        logger.addHandler(util.StoringHandler(task_id, input))
+        for number in range(input["data"]):
+            logger.warning("line %d", number)
+            if number % 50 == 49:
+                time.sleep(0.01)
+    """
+
+
+def lines_of(events):
+    return [(event_id, data) for name, event_id, data in events if name == "log"]
+
+
+def with_ids(path, job_id):
+    """Return (log id, message) of a job's log, as SQLite has it."""
+    return read_rows(path, "SELECT log_id, message FROM logs WHERE job_id = ? ORDER BY log_id", (job_id,))
+
+
+class TestEvents:
+    """Server-Sent Events."""
+
+    # -- what comes
+
+    def test_everything_comes_in_its_order_as_it_happens(self, start, steps, events):
+        service = start(steps.registry, WORKERS=1)
+        job = service.client.submit("work", data=1)
+        stream = events(service.client, job)
+        first = stream.until("running")[-1]
+        steps.log("one")
+        logged = stream.next()
+        steps.progress(0.5, "half")
+        progressed = stream.next()
+        steps.log("two", "three")
+        more = [stream.next(), stream.next()]
+        steps.end()
+        ended = stream.rest()
+        done = service.client.show(job)
+        assert first == (
+            "status",
+            None,
+            {
+                "status": "pending",
+                "state": "running",
+                "attempts": 1,
+                "started_timestamp": done["started_timestamp"],
+                "finished_timestamp": None,
+                "error": None,
+            },
+        )
+        assert [name for name, _, _ in [logged, progressed, *more]] == ["log", "progress", "log", "log"]
+        assert progressed == ("progress", None, {"fraction": 0.5, "message": "half"})
+        assert [data for _, data in lines_of([logged, *more])] == done["logs"]  # a line is as in the job
+        assert [(number, data["message"]) for number, data in lines_of([logged, *more])] == with_ids(
+            service.path, job["job_id"]
+        )
+        finished = {"status": "complete", "state": "complete", "finished_timestamp": done["finished_timestamp"]}
+        assert ended == [("status", None, {**first[2], **finished})]
+
+    def test_a_waiting_job_is_queued_then_running(self, start, steps, events):
+        client = start(steps.registry, WORKERS=1).client
+        running, waiting = client.submit("work"), client.submit("work")
+        stream = events(client, waiting)
+        assert stream.next()[2]["state"] == "queued"
+        events(client, running).until("running")
+        steps.end()
+        assert stream.next()[2]["state"] == "running"
+        steps.end()
+        assert [event[2]["state"] for event in stream.rest()] == ["complete"]
+
+    def test_an_error_is_in_the_last_status(self, start, steps, events):
+        client = start(steps.registry).client
+        stream = events(client, client.submit("work"))
+        steps.fail(csp.JobError("it is broken"))
+        last = stream.rest()[-1]
+        assert last[2]["state"] == "error" and last[2]["error"] == {"message": "it is broken"}
+
+    def test_a_repeated_attempt_is_seen(self, start, events, impatient):
+        steps = Steps(retries=1)
+        client = start(steps.registry).client
+        stream = events(client, client.submit("work"))
+        stream.until("running")
+        steps.log("before")
+        steps.fail(ValueError("first"))
+        steps.log("after")
+        steps.end()
+        seen = stream.rest()
+        states = [(data["state"], data["attempts"]) for name, _, data in seen if name == "status"]
+        assert states[-1] == ("complete", 2) and set(states) <= {("queued", 1), ("running", 2), ("complete", 2)}
+        texts = [data["message"] for _, data in lines_of(seen)]
+        assert texts[0] == "before" and texts[1].startswith("Attempt 1 failed") and texts[2] == "after"
+
+    def test_a_finished_job_gives_its_log_and_status_and_ends(self, start, steps, events):
+        service = start(steps.registry)
+        job = service.client.submit("work")
+        steps.log(*map(str, range(1200)))  # more than is read at a time
+        steps.progress(1, "done")
+        steps.end()
+        service.client.finish(job)
+        for _ in range(2):
+            seen = events(service.client, job).rest()
+            assert [data["message"] for _, data in lines_of(seen)] == [str(number) for number in range(1200)]
+            assert [name for name, _, _ in seen[1200:]] == ["progress", "status"]
+            assert seen[1200][2] == {"fraction": 1.0, "message": "done"} and seen[1201][2]["state"] == "complete"
+
+    def test_a_synchronous_job_has_events_too(self, start, gate, events):
+        add_synchronous(gate)
+        client = start(gate.registry).client
+        asked = Later(client.post, "/job/x", {"job_type": "hold", "api_key": "k"})
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        stream = events(client, {"job_id": "x"}, key=SECURE_KEY)
+        assert stream.next()[2]["state"] == "running"
+        gate.open.set()
+        assert [event[2]["state"] for event in stream.rest()] == ["complete"] and asked.result().status == 200
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "a\nb\r\nc\rd",
+            "data: x\n\nevent: status\ndata: {}\n\n",
+            "\n\n",
+            "",
+            ": comment",
+            "<script>alert(1)</script>",
+            "\u00e4\u20ac\U0001f600",
+            "\u2028\u2029\x85\x0b\x0c",
+            "\x00\x1b[31m\x7f",
+            "\\n\\u000a",
+            "\ud800",
+        ],
+        ids=ascii,
+    )
+    def test_whatever_is_logged_is_one_line_of_data(self, start, steps, events, text):
+        client = start(steps.registry).client
+        job = client.submit("work")
+        steps.log(text)
+        steps.progress(0.5, text)
+        steps.end()
+        seen = events(client, job).rest()
+        expected = text.replace("\ud800", "?")
+        assert [data["message"] for _, data in lines_of(seen)] == [expected]
+        assert [data["message"] for name, _, data in seen if name == "progress"] == [expected]
+
+    def test_ten_thousand_lines_arrive_in_order(self, start, steps, events):
+        service = start(steps.registry)
+        job = service.client.submit("work")
+        stream = events(service.client, job)
+        seen = Later(stream.rest)
+        steps.log(*map(str, range(10_000)))
+        steps.end()
+        lines = lines_of(seen.result())
+        assert [(number, data["message"]) for number, data in lines] == with_ids(service.path, job["job_id"])
+        assert [data["message"] for _, data in lines] == [str(number) for number in range(10_000)]
+
+    def test_progress_set_a_thousand_times_a_second_costs_few_commits(self, start, steps, events):
+        service = start(steps.registry)
+        store, commits = service.service.store, []
+        commit = store._commit
+        job = service.client.submit("work")
+        stream = events(service.client, job)
+        stream.until("running")
+        store._commit = lambda batch: commits.append(len(batch)) or commit(batch)
+        began = time.monotonic()
+
+        def order(task_id, logger):
+            pause = threading.Event()
+            for number in range(2000):
+                csp.set_progress(task_id, number / 2000, str(number))
+                pause.wait(0.001)
+
+        steps.do(order)
+        seconds = time.monotonic() - began
+        steps.end()
+        seen = [data["fraction"] for name, _, data in stream.rest() if name == "progress"]
+        assert seen == sorted(set(seen)) and seen[-1] == 1999 / 2000
+        assert len(commits) <= 4 * (seconds / csp.PROGRESS_SECONDS + 2)  # one, and those of the runner looking for jobs
+        assert len(seen) <= seconds / csp.PROGRESS_SECONDS + 3
+
+    # -- going on after a break
+
+    @pytest.mark.parametrize("by", ["header", "parameter"])
+    def test_a_stream_goes_on_exactly_where_it_broke_off(self, start, steps, events, by):
+        service = start(steps.registry)
+        job, other = service.client.submit("work"), service.client.submit("work")  # whose lines lie between
+        chance, seen, last, count = random.Random(7), [], "0", 0
+        while count < 400:
+            for _ in range(20):
+                steps.log(*(str(number) for number in range(count, count + 5)))
+                count += 5
+            more = {"Last-Event-ID": last} if by == "header" else {"query": f"?last_event_id={last}"}
+            stream = events(service.client, job, **more)
+            for _ in range(chance.randrange(1, 60)):
+                found = len(with_ids(service.path, job["job_id"])) - len(seen)
+                if found > 0:
+                    event = stream.next()
+                    seen += lines_of([event])
+            stream.close()
+            last = str(seen[-1][0]) if seen else "0"
+        steps.end()
+        steps.end()
+        service.client.finish(job)
+        service.client.finish(other)
+        seen += lines_of(events(service.client, job, **{"Last-Event-ID": last}).rest())
+        expected = with_ids(service.path, job["job_id"])
+        assert [(number, data["message"]) for number, data in seen] == expected
+
+    def test_the_header_counts_more_than_the_parameter(self, start, steps, events):
+        service = start(steps.registry)
+        job = service.client.submit("work")
+        steps.log("a", "b", "c")
+        steps.end()
+        service.client.finish(job)
+        ids = [number for number, _ in with_ids(service.path, job["job_id"])]
+        stream = events(service.client, job, query=f"?last_event_id={ids[0]}", **{"Last-Event-ID": str(ids[1])})
+        assert [number for number, _ in lines_of(stream.rest())] == ids[2:]
+        after_all = events(service.client, job, **{"Last-Event-ID": str(ids[2])}).rest()
+        assert [name for name, _, _ in after_all] == ["status"]
+
+    def test_a_stream_goes_on_over_a_crash_without_gap_or_double(self, launch, tmp_path):
+        server = launch(LOG_MODULE)
+        job = server.client.submit("work", data=1500)
+        seen, chance = [], random.Random(3)
+        for stop_at in (40, 700):
+            stream = EventStream(
+                server.client, f"/job/{job['job_id']}/events", job["job_key"], **{"Last-Event-ID": last_of(seen)}
+            )
+            while len(seen) < stop_at + chance.randrange(40):
+                event = stream.next()
+                if event is None:
+                    break
+                seen += lines_of([event])
+            server.kill()
+            stream.close()
+            assert with_ids(tmp_path / "jobs.db", job["job_id"])[: len(seen)] == [
+                (number, data["message"]) for number, data in seen
+            ]  # what has been shown is on disk
+            server = launch(LOG_MODULE)
+        stream = EventStream(
+            server.client, f"/job/{job['job_id']}/events", job["job_key"], **{"Last-Event-ID": last_of(seen)}
+        )
+        rest = stream.rest()
+        assert rest[-1][2]["state"] == "complete"
+        expected = with_ids(tmp_path / "jobs.db", job["job_id"])
+        assert [(number, data["message"]) for number, data in seen + lines_of(rest)] == expected
+        assert len(expected) > 1500
+
+    @pytest.mark.parametrize("last", ["x", "-1", "1.5", "1" * 19, "1,2", "0x1", "\xb2", "1 2"], ids=ascii)
+    @pytest.mark.parametrize("by", ["header", "parameter"])
+    def test_a_last_id_that_is_none_is_refused(self, client, last, by):
+        job = client.submit("echo", "a")
+        path = f"/job/{job['job_id']}/events"
+        if by == "parameter":
+            answer = client.get(f"{path}?last_event_id={urllib.parse.quote(last)}", key=job["job_key"])
+        else:
+            answer = client.get(path, key=job["job_key"], **{"Last-Event-ID": last})
+        assert (answer.status, answer.error) == (409, "Last-Event-ID has to be an id that this stream has sent")
+
+    # -- who may see it, and how
+
+    @pytest.mark.parametrize(
+        "key, status",
+        [(None, 403), ("wrong", 403), (basic("admin", "wrong"), 403), (SECURE_KEY, 200), (ADMIN, 200)],
+        ids=["none", "wrong key", "wrong password", "secure key", "administrator"],
+    )
+    def test_who_may_see_the_job_may_see_its_events(self, client, key, status):
+        job = client.submit("echo", "a")
+        assert client.get(f"/job/{job['job_id']}/events", key=key).status == status
+
+    def test_a_job_that_is_not_there_has_no_events(self, client):
+        for key in (None, SECURE_KEY):
+            answer = client.get("/job/no-such/events", key=key)
+            assert (answer.status, answer.error) == (404, "job_id not found")
+
+    def test_the_head_says_that_it_is_a_stream(self, client, events):
+        job = client.submit("echo", "a")
+        headers = events(client, job).response.headers
+        assert headers["Content-Type"] == "text/event-stream" and headers["Cache-Control"] == "no-store"
+        assert headers["X-Accel-Buffering"] == "no" and headers["Transfer-Encoding"] == "chunked"
+        assert "Content-Length" not in headers
+
+    @pytest.mark.parametrize("path", ["/job/x/events", "/events"])
+    def test_head_has_no_body_and_ends_at_once(self, start, gate, path):
+        service = start(gate.registry)
+        service.client.submit("wait", job_id="x")
+        request = f"HEAD {path} HTTP/1.1\r\nHost: a\r\nAuthorization: {SECURE_KEY}\r\n\r\n"
+        following = "GET /status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        answer = raw_exchange(service.server.url, (request + following).encode())
+        first, second, rest = answer.split(b"\r\n\r\n", 2)
+        assert first.startswith(b"HTTP/1.1 200 ") and b"\r\nContent-Type: text/event-stream\r\n" in first
+        assert second.startswith(b"HTTP/1.1 200 ") and json.loads(rest.decode())["name"] == "tests"
+        assert service.service.store._watchers == {}
+
+    def test_to_http_1_0_it_is_sent_to_the_end_of_the_connection(self, client):
+        job = client.submit("echo", "a")
+        head = f"GET /job/{job['job_id']}/events HTTP/1.0\r\nConnection: keep-alive\r\nAuthorization: {SECURE_KEY}\r\n"
+        answer = raw_exchange(client.url, (head + "\r\n").encode())
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert b"chunked" not in head and b"Connection: keep-alive" not in head
+        assert body.startswith(b"event: status\ndata: {") and body.endswith(b"}\n\n")
+
+    def test_a_connection_is_good_for_more_after_a_stream(self, client):
+        job = client.submit("echo", "a")
+        stream = EventStream(client, f"/job/{job['job_id']}/events", job["job_key"])
+        assert stream.rest()[-1][2]["state"] == "complete"
+        stream._connection.request("GET", "/status")
+        assert json.loads(stream._connection.getresponse().read().decode())["name"] == "tests"
+        stream.close()
+
+    def test_the_wsgi_application_gives_the_iterator_and_close_ends_the_watch(self, start, steps):
+        service = start(steps.registry)
+        job, started = service.client.submit("work"), []
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": f"/job/{job['job_id']}/events",
+            "REMOTE_ADDR": "192.0.2.1",
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(),
+            "HTTP_AUTHORIZATION": job["job_key"],
+            "HTTP_LAST_EVENT_ID": "0",
+        }
+        for is_read_to_the_end in (False, True):
+            application = csp.Wsgi(service.service)
+            parts = application(environ, lambda status, headers: started.append((status, dict(headers))))
+            assert started[-1][0] == "200 OK" and started[-1][1]["Content-Type"] == "text/event-stream"
+            assert "Content-Length" not in started[-1][1]
+            assert b"event: status\n" in next(parts)
+            assert service.service.store.count_watchers(job["job_id"]) == 1
+            if is_read_to_the_end:
+                steps.log("a line")
+                steps.end()
+                text = b"".join(parts).decode()
+                assert "a line" in text and '"state": "complete"' in text.replace('":"', '": "')
+            parts.close()
+            assert service.service.store._watchers == {}
+        environ["REQUEST_METHOD"] = "HEAD"
+        assert list(csp.Wsgi(service.service)(environ, lambda status, headers: None)) == []
+        environ.update(REQUEST_METHOD="GET", PATH_INFO="/events")
+        parts = csp.Wsgi(service.service)(environ, lambda status, headers: None)
+        assert next(parts).startswith(b"event: stats\ndata: {")
+        assert service.service.store.count_watchers(csp.ANY_JOB) == 1
+        parts.close()
+        assert service.service.store._watchers == {}
+
+    # -- its end
+
+    def test_it_ends_with_a_delete(self, start, steps, events):
+        client = start(steps.registry, WORKERS=1).client
+        running, queued = client.submit("work"), client.submit("work")
+        streams = [events(client, running), events(client, queued)]
+        streams[0].until("running")
+        assert streams[1].next()[2]["state"] == "queued"
+        for job, stream in zip((running, queued), streams):
+            assert client.delete("/job/" + job["job_id"], key=job["job_key"]).status == 200
+            assert stream.rest() == [("status", None, {"status": "deleted", "state": "deleted"})]
+
+    def test_it_ends_with_a_cancellation(self, start, gate, events):
+        client = start(gate.registry).client
+        job = client.submit("obedient")
+        stream = events(client, job)
+        stream.until("running")
+        client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+        last = stream.rest()[-1]
+        assert last[2]["state"] == "error" and last[2]["error"] == {"message": "cancelled"}
+
+    def test_it_ends_when_the_service_stops_and_what_it_has_shown_stays(self, start, gate, events):
+        service = start(gate.registry)
+        job = service.client.submit("wait")
+        streams = [events(service.client, job), events(service.client)]
+        streams[0].until("running")
+        streams[1].next()
+        began = time.monotonic()
+        stopping = Later(service.stop)
+        assert [event for event in streams[0].rest() if event[2]["state"] != "running"] == []
+        assert {event[0] for event in streams[1].rest()} <= {"stats"}
+        assert time.monotonic() - began < 4
+        gate.open.set()
+        stopping.result()
+
+    def test_a_quiet_stream_is_kept_open_by_comments(self, start, steps, events, monkeypatch):
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.05)
+        client = start(steps.registry).client
+        stream = events(client, client.submit("work"))
+        stream.until("running")
+        seen = Later(stream.next)
+        eventually(lambda: stream.comments >= 5)
+        assert not seen.is_done
+        steps.log("after the silence")
+        assert seen.result()[2]["message"] == "after the silence"
+
+    @pytest.mark.parametrize("what", ["job", "stats"])
+    def test_changes_that_nobody_sees_do_not_hold_the_comments_back(self, start, steps, events, monkeypatch, what):
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.5)
+        monkeypatch.setattr(csp, "STATS_SECONDS", 0.1)
+        client = start(steps.registry).client
+        job = client.submit("work")
+        steps.progress(0.5)
+        if what == "job":
+            stream = events(client, job)
+        else:
+            events(client, job).until("running")
+            stream = events(client)
+        stream.next()
+        seen = Later(stream.rest)
+        began = time.monotonic()
+
+        def order(task_id, logger):
+            pause = threading.Event()
+            while time.monotonic() < began + 4:
+                csp.set_progress(task_id, 0.5)  # as a sign of life, with nothing new
+                pause.wait(0.05)
+
+        steps.do(order)
+        comments = stream.comments
+        steps.end()
+        stream.close() if what == "stats" else seen.result()
+        assert comments >= 2
+
+    def test_who_has_logged_out_sees_no_more_after_the_next_comment(self, start, steps, events, monkeypatch):
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.05)
+        client = start(steps.registry).client
+        cookie = log_in(client)
+        stream = events(client, client.submit("work"), key="", Cookie=cookie)
+        stream.until("running")
+        seen = Later(stream.rest)
+        eventually(lambda: stream.comments >= 3)
+        assert not seen.is_done
+        client.get("/logout", Cookie=cookie)
+        assert seen.result() == []
+
+    def test_who_has_logged_out_sees_no_more_of_a_busy_job_either(self, start, steps, events, monkeypatch):
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.5)
+        client = start(steps.registry).client
+        cookie = log_in(client)
+        stream = events(client, client.submit("work"), key="", Cookie=cookie)
+        stream.until("running")
+        client.get("/logout", Cookie=cookie)
+        seen = Later(stream.rest)
+        began = time.monotonic()
+
+        def order(task_id, logger):
+            pause = threading.Event()
+            while time.monotonic() < began + 4:
+                logger.info("%.3f", time.monotonic() - began)
+                pause.wait(0.05)
+
+        steps.do(order)
+        steps.end()
+        assert max(float(data["message"]) for _, data in lines_of(seen.result())) < 2
+
+    def test_guesses_from_the_same_address_do_not_break_a_stream(self, start, steps, events, monkeypatch, caplog):
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 1.0)
+        client = start(steps.registry).client
+        stream = events(client, client.submit("work"), key=ADMIN)
+        stream.until("running")
+        answers = [client.get("/login", key=basic("admin", "wrong")).status for _ in range(15)]
+        assert answers.count(429) >= 1
+        rest = Later(stream.rest)
+        eventually(lambda: rest.is_done or stream.comments >= 3)
+        for _ in range(2):
+            steps.end()
+        assert rest.result()[-1][2]["state"] == "complete"
+        assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+    # -- many
+
+    def test_a_slow_reader_holds_nobody_up(self, start, steps, events):
+        service = start(steps.registry)
+        job = service.client.submit("work")
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect((service.client.host, service.client.port))
+            slow.sendall(
+                f"GET /job/{job['job_id']}/events HTTP/1.1\r\nHost: a\r\nAuthorization: {SECURE_KEY}\r\n\r\n".encode()
+            )
+            stream = events(service.client, job)
+            watched(service, job["job_id"], 2)
+            seen = Later(stream.rest)
+            steps.log(*("x" * 20_000 for _ in range(500)))  # 10 MB, more than any buffer takes
+            began = time.monotonic()
+            assert service.client.get("/status").status == 200
+            steps.log("the last")
+            steps.end()
+            texts = [data["message"] for _, data in lines_of(seen.result())]
+            assert len(texts) == 501 and texts[-1] == "the last"
+            assert service.client.finish(job)["status"] == "complete" and time.monotonic() - began < 15
+
+    def test_those_who_have_left_are_forgotten(self, start, steps, events, monkeypatch):
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.05)
+        monkeypatch.setattr(csp, "SPARE_THREAD_SECONDS", 0.05)
+        monkeypatch.setattr(csp, "STATS_SECONDS", 0.05)
+        service = start(steps.registry)
+        job = service.client.submit("work")
+        events(service.client, job).until("running")
+        before = threading.active_count()
+        streams = [events(service.client, job) for _ in range(40)] + [events(service.client) for _ in range(10)]
+        watched(service, job["job_id"], 41)
+        watched(service, csp.ANY_JOB, 10)
+        for stream in streams:
+            stream.close()
+        store = service.service.store
+        eventually(lambda: store.count_watchers(job["job_id"]) == 1 and not store.count_watchers(csp.ANY_JOB))
+        eventually(lambda: threading.active_count() <= before)
+
+    # -- the numbers
+
+    def test_the_numbers_come_when_they_change(self, start, gate, events, monkeypatch):
+        monkeypatch.setattr(csp, "STATS_SECONDS", 0.02)
+        client = start(gate.registry, WORKERS=1).client
+        stream = events(client)
+        assert stream.next() == ("stats", None, {"queued": 0, "running": 0, "complete": 0, "error": 0})
+
+        def until(**numbers):
+            event = stream.next()
+            while event[2] != numbers:
+                event = stream.next()
+            return event
+
+        client.submit("wait")
+        until(queued=0, running=1, complete=0, error=0)
+        gate.open.set()
+        until(queued=0, running=0, complete=1, error=0)
+        client.submit("fail")
+        until(queued=0, running=0, complete=1, error=1)
+
+    def test_a_job_that_has_to_wait_is_in_the_numbers_soon(self, start, gate, events, monkeypatch):
+        monkeypatch.setattr(csp, "STATS_SECONDS", 0.02)
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 6.0)
+        client = start(gate.registry, WORKERS=1).client
+        client.submit("wait")
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        stream = events(client)
+        while stream.next()[2]["running"] != 1:
+            pass
+        began = time.monotonic()
+        client.submit("wait")
+        assert stream.next()[2] == {"queued": 1, "running": 1, "complete": 0, "error": 0}
+        assert time.monotonic() - began < 4
+
+    def test_jobs_that_are_cleared_are_out_of_the_numbers_soon(self, start, gate, events, monkeypatch):
+        monkeypatch.setattr(csp, "STATS_SECONDS", 0.02)
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 6.0)
+        service = start(gate.registry)
+        jobs = [service.client.finish(service.client.submit("quick", n)) for n in range(3)]
+        stream = events(service.client)
+        while stream.next()[2] != {"queued": 0, "running": 0, "complete": 3, "error": 0}:
+            pass
+        service.client.delete("/job/" + jobs[0]["job_id"], key=SECURE_KEY)
+        assert stream.next()[2]["complete"] == 2
+        began = time.monotonic()
+        assert service.client.delete("/job?days=0", key=SECURE_KEY).json["deleted"] == 2
+        assert stream.next()[2]["complete"] == 0
+        assert time.monotonic() - began < 4
+
+    def test_the_last_numbers_are_the_right_ones(self, start, gate, events, monkeypatch):
+        monkeypatch.setattr(csp, "STATS_SECONDS", 0.02)
+        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 6.0)
+        service, held = start(gate.registry), threading.Event()
+        forget = service.service.runner._forget
+        monkeypatch.setattr(
+            service.service.runner, "_forget", lambda run: held.wait(PATIENCE_SECONDS) and forget(run)
+        )  # the thread that has ended a job is slow for a moment
+        stream = events(service.client)
+        service.client.submit("quick")
+        while stream.next()[2] != {"queued": 0, "running": 1, "complete": 1, "error": 0}:
+            pass
+        began = time.monotonic()
+        held.set()
+        assert stream.next()[2] == {"queued": 0, "running": 0, "complete": 1, "error": 0}
+        assert time.monotonic() - began < 4
+
+
+def last_of(lines):
+    return str(lines[-1][0]) if lines else "0"
+
+
+SAMPLE = re.compile(
+    r'([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{((?:[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\[\\"n])*",?)+)\})? (\S+)'
+)
+LABEL = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\\n]|\\[\\"n])*)"(?:,|$)')
+
+
+UNESCAPED = {"\\\\": "\\", '\\"': '"', "\\n": "\n"}
+
+
+def read_metrics(text):
+    """Parse the text format of Prometheus, strictly; return {name: {frozenset of labels: value}} and {name: type}."""
+    assert text.endswith("\n") and "\r" not in text
+    samples, types, helps, finished, current = {}, {}, set(), set(), None
+    for line in text[:-1].split("\n"):
+        if line.startswith("# "):
+            _, keyword, name, rest = line.split(" ", 3)
+            if keyword == "HELP":
+                assert name not in helps and rest
+                helps.add(name)
+            else:
+                assert keyword == "TYPE" and rest in ("counter", "gauge", "histogram") and name not in types
+                assert name in helps and name not in finished
+                finished.add(current)
+                types[name], current = rest, name
+            continue
+        match = SAMPLE.fullmatch(line)
+        assert match, line
+        name, labels, value = match.groups()
+        found = LABEL.findall(labels or "")
+        assert ",".join(f'{key}="{text}"' for key, text in found) == (labels or "").rstrip(","), line
+        base = re.sub("_(bucket|sum|count)$", "", name) if types.get(current) == "histogram" else name
+        assert base == current, f"{line} is not where {base} is"  # lines of a metric stand together, after its TYPE
+        assert len(dict(found)) == len(found)
+        key = frozenset((key, re.sub(r"\\.", lambda match: UNESCAPED[match[0]], text)) for key, text in found)
+        assert key not in samples.setdefault(name, {}), line
+        samples[name][key] = float(value.replace("Inf", "inf"))
+    check_histograms(samples, types)
+    return samples, types
+
+
+def check_histograms(samples, types):
+    for name in [name for name, kind in types.items() if kind == "histogram"]:
+        series = {}
+        for labels, value in samples.get(name + "_bucket", {}).items():
+            bound = dict(labels)["le"]
+            rest = frozenset(pair for pair in labels if pair[0] != "le")
+            series.setdefault(rest, []).append((float(bound.replace("Inf", "inf")), value))
+        assert series.keys() == samples.get(name + "_count", {}).keys() == samples.get(name + "_sum", {}).keys()
+        for labels, buckets in series.items():
+            counts = [value for _, value in sorted(buckets)]
+            assert counts == sorted(counts) and max(buckets)[0] == float("inf"), name
+            assert counts[-1] == samples[name + "_count"][labels] and samples[name + "_sum"][labels] >= 0
+
+
+def metrics_of(client):
+    answer = client.get("/metrics")
+    assert answer.status == 200 and answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return read_metrics(answer.body.decode("utf-8"))[0]
+
+
+def metrics_of_service(service):
+    """Ask a service without a server."""
+    response = service.handle(csp.Request("GET", "/metrics", {}, b""))
+    assert response.status == 200
+    return read_metrics(response.body.decode("utf-8"))[0]
+
+
+def value_of(samples, name, **labels):
+    return samples.get(name, {}).get(frozenset(labels.items()))
+
+
+class TestMetrics:
+    """GET /metrics, in the text format of Prometheus."""
+
+    NAMES = {
+        "csp_build_info": "gauge",
+        "process_start_time_seconds": "gauge",
+        "csp_jobs": "gauge",
+        "csp_jobs_running": "gauge",
+        "csp_jobs_waiting": "gauge",
+        "csp_jobs_longest_waiting_seconds": "gauge",
+        "csp_job_duration_seconds": "histogram",
+        "csp_request_duration_seconds": "histogram",
+        "csp_responses_total": "counter",
+        "csp_callback_attempts_total": "counter",
+    }
+
+    def test_every_metric_is_there_from_the_start_and_the_readme_names_it(self, client):
+        _, types = read_metrics(client.get("/metrics").body.decode())
+        assert types == self.NAMES
+        readme = (HERE / "README.md").read_text(encoding="utf-8")
+        assert [name for name in types if name.startswith("csp_") and f"`{name}`" not in readme] == []
+
+    def test_the_values_are_those_of_known_jobs(self, start, gate):
+        service = start(gate.registry, WORKERS=2)
+        client = service.client
+        before = time.time()
+        for number in range(5):
+            client.finish(client.submit("quick", number))
+        for _ in range(3):
+            client.finish(client.submit("fail"))
+        for number in range(4):
+            client.submit("wait", number)
+        for _ in range(2):
+            gate.begun.get(timeout=PATIENCE_SECONDS)
+        samples = metrics_of(client)
+        assert {key: value for key, value in samples["csp_jobs"].items() if value} == {
+            frozenset({("job_type", "quick"), ("status", "complete")}): 5,
+            frozenset({("job_type", "fail"), ("status", "error")}): 3,
+            frozenset({("job_type", "wait"), ("status", "pending")}): 4,
+        }
+        assert value_of(samples, "csp_jobs_running") == 2 and value_of(samples, "csp_jobs_waiting") == 2
+        count = "csp_job_duration_seconds_count"
+        assert value_of(samples, count, job_type="quick", status="complete") == 5
+        assert value_of(samples, count, job_type="fail", status="error") == 3
+        assert value_of(samples, count, job_type="wait", status="complete") is None
+        assert abs(value_of(samples, "process_start_time_seconds") - before) < 60
+        [build] = samples["csp_build_info"].items()
+        assert build[1] == 1 and dict(build[0])["version"] == csp.__version__
+        posted = {"method": "POST", "route": "/job"}
+        assert value_of(samples, "csp_responses_total", status="200", **posted) == 12
+        assert value_of(samples, "csp_request_duration_seconds_count", **posted) == 12
+        gate.open.set()
+        eventually(lambda: value_of(metrics_of(client), count, job_type="wait", status="complete") == 4)
+        samples = metrics_of(client)
+        assert value_of(samples, "csp_jobs_running") == value_of(samples, "csp_jobs_waiting") == 0
+        assert value_of(samples, "csp_jobs", job_type="wait", status="complete") == 4
+
+    def test_a_deleted_job_is_out_of_the_numbers(self, client):
+        job = client.submit("echo", "a")
+        client.delete("/job/" + job["job_id"], key=job["job_key"])
+        assert not value_of(metrics_of(client), "csp_jobs", job_type="echo", status="complete")
+
+    def test_durations_are_in_their_bucket(self, start):
+        metrics = csp.Metrics()
+        for seconds in (0.0, 0.01, 0.011, 1.0, 59.9, 7200.0, 7200.1, 1e9):
+            metrics.jobs.add((("job_type", "work"), ("status", "complete")), seconds)
+        samples, _ = read_metrics(metrics.render([]))
+        buckets = {dict(labels)["le"]: value for labels, value in samples["csp_job_duration_seconds_bucket"].items()}
+        assert [buckets[bound] for bound in ("0.01", "0.1", "1.0", "15.0", "60.0", "7200.0", "+Inf")] == [
+            2,
+            3,
+            4,
+            4,
+            5,
+            6,
+            8,
+        ]
+        [total] = samples["csp_job_duration_seconds_sum"].values()
+        assert abs(total - (0.021 + 1 + 59.9 + 7200 + 7200.1 + 1e9)) < 1e-3
+
+    def test_answers_are_counted_by_route_and_not_by_what_clients_make_up(self, client):
+        for number in range(20):
+            client.get(f"/no/such/{number}")
+            client.get(f"/job/{number}")
+            client.request("BREW", f"/{number}")
+        client.request("HEAD", "/status")
+        client.request("OPTIONS", "/status")
+        client.post("/status")
+        samples = metrics_of(client)
+        responses = {
+            tuple(sorted(dict(labels).values())): value for labels, value in samples["csp_responses_total"].items()
+        }
+        assert responses[tuple(sorted(("GET", "/job/<job_id>", "404")))] == 20
+        assert value_of(samples, "csp_responses_total", method="", route="", status="404") == 40
+        assert value_of(samples, "csp_responses_total", method="GET", route="/status", status="200") == 1
+        routes = {(route.method, route.path) for route in csp.ROUTES} | {("", "")}
+        assert {(dict(labels)["method"], dict(labels)["route"]) for labels in samples["csp_responses_total"]} <= routes
+
+    def test_callbacks_are_counted_by_what_came_of_them(self, start, impatient):
+        receivers = {name: Receiver() for name in ("delivered", "retry", "given_up")}
+        try:
+            receivers["retry"].answers = lambda number: (500 if number < 2 else 200, {})
+            receivers["given_up"].answers = lambda number: (410, {})
+            client = start().client
+            for receiver in receivers.values():
+                client.submit("async_echo", "a", result_url=receiver.url)
+            wanted = {"delivered": 2, "retry": 2, "given_up": 1}
+
+            def counts():
+                samples = metrics_of(client)
+                return {
+                    name: value_of(samples, "csp_callback_attempts_total", result=name) for name in wanted
+                } == wanted
+
+            eventually(counts)
+        finally:
+            for receiver in receivers.values():
+                receiver.stop()
+
+    def test_how_long_the_next_job_waits(self, start, gate):
+        service = start(gate.registry, WORKERS=1)
+        service.client.submit("wait")
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        name = "csp_jobs_longest_waiting_seconds"
+        assert value_of(metrics_of(service.client), name) == 0
+        old = service.client.submit("wait")
+        service.client.submit("wait")
+        age = value_of(metrics_of(service.client), name)
+        assert 0 <= age < 20
+        eventually(lambda: value_of(metrics_of(service.client), name) > age)
+        with opened(service.path) as connection:
+            connection.execute("UPDATE jobs SET run_at = run_at - 1000 WHERE job_id = ?", (old["job_id"],))
+        assert 1000 <= value_of(metrics_of(service.client), name) < 1030
+
+    @pytest.mark.parametrize("run_at", [csp.AFTER_CRASH, csp.AFTER_STOP, 1e10], ids=["crash", "stop", "later"])
+    def test_what_runs_again_waits_since_it_was_submitted_and_what_runs_later_does_not(self, start, gate, run_at):
+        service = start(gate.registry, WORKERS=1)
+        service.client.submit("wait")
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        job = service.client.submit("wait")
+        with opened(service.path) as connection:
+            connection.execute(
+                "UPDATE jobs SET run_at = ?, requested_timestamp = ? WHERE job_id = ?",
+                (run_at, csp.timestamp(time.time() - 500), job["job_id"]),
+            )
+        waiting = value_of(metrics_of(service.client), "csp_jobs_longest_waiting_seconds")
+        assert waiting == 0 if run_at == 1e10 else 499 <= waiting < 530
+
+    @pytest.mark.parametrize("name", ['a"b', "a\\", 'a\\"', "a\nb", "a\\nb", "a b{}=,", "\u00e4\u2028\x85"], ids=ascii)
+    def test_a_job_type_may_have_any_name(self, start, name):
+        registry = csp.Registry()
+        registry.asynchronous(lambda_named(name, lambda task_id, input: 1))
+        client = start(registry).client
+        client.finish(client.submit(name))
+        samples = metrics_of(client)
+        assert value_of(samples, "csp_jobs", job_type=name, status="complete") == 1
+        assert value_of(samples, "csp_job_duration_seconds_count", job_type=name, status="complete") == 1
+
+    def test_it_tells_no_secret(self, client):
+        job = client.submit("async_echo", "its input", job_id="the-id", metadata={"a": "its metadata"})
+        client.finish(job)
+        text = client.get("/metrics").body
+        for secret in (job["job_key"], "the-id", "its input", "its metadata", "secret-api-key", SECURE_KEY):
+            assert secret.encode() not in text
+
+    def test_it_costs_the_same_however_many_jobs_there_are(self, tmp_path):
+        costs = []
+        for count in (400, 8000):
+            path = tmp_path / f"{count}.db"
+            csp.Store(str(path)).close()
+            fill(path, count)
+            with opened(path) as connection:  # all of them wait, and nothing but the request reads
+                connection.execute(
+                    """UPDATE jobs SET status = 'pending', run_at = 1e10 + seq, finished_timestamp = NULL,
+                    callback_at = NULL, callback_host = NULL"""
+                )
+                connection.execute("DELETE FROM counts")
+                connection.execute("INSERT INTO counts SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2")
+            settings = csp.Settings({"SQLALCHEMY_DATABASE_URI": str(path), "PASSWORD": "x" * 20})
+            service = csp.Service(settings, csp.Registry())
+            try:
+                statements, steps = observe(service.store, lambda service=service: metrics_of_service(service))
+                costs.append((len(statements), steps))
+            finally:
+                service.close(0)
+        assert costs[0] == costs[1] and costs[0][0] <= 2
+
+
+VERSION_1 = """
+    PRAGMA foreign_keys = OFF;
+    PRAGMA journal_mode = WAL;
+    BEGIN;
+    CREATE TABLE counts (job_type TEXT, status TEXT, jobs INTEGER, PRIMARY KEY (job_type, status)) WITHOUT ROWID;
+    INSERT INTO counts VALUES('echo','complete',1);
+    INSERT INTO counts VALUES('echo','error',1);
+    INSERT INTO counts VALUES('echo','pending',0);
+    INSERT INTO counts VALUES('work','pending',3);
+    CREATE TABLE jobs (
+        seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE, job_type TEXT NOT NULL, status TEXT NOT NULL,
+        sent_data TEXT, data, error TEXT, metadata TEXT, result_url TEXT, api_key, job_key TEXT,
+        requested_timestamp TEXT, started_timestamp TEXT, finished_timestamp TEXT, run_at REAL,
+        attempts INTEGER NOT NULL DEFAULT 0,
+        synchronous INTEGER NOT NULL DEFAULT 0, cancelled INTEGER NOT NULL DEFAULT 0, progress TEXT,
+        callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0, callback_error TEXT, callback_at REAL,
+        callback_host TEXT, resubmitted_from TEXT, aps_job_id TEXT);
+    INSERT INTO jobs VALUES(1,'old','echo','error',NULL,NULL,'{"message": "no"}',NULL,'http://127.0.0.1:9/',NULL,
+        'key-of-old','2026-01-02T03:04:05.188974','2026-01-02T03:04:05.188974','2026-01-02T03:04:06.189846',NULL,1,0,0,
+        '{"fraction": 0.5, "message": null}','failed',17,'refused',NULL,'127.0.0.1:9','x',NULL);
+    INSERT INTO jobs VALUES(3,'done','echo','complete','{"a": 1}','{"b": "ä"}',NULL,'{"kind": "text", "n": 1}',NULL,
+        NULL,'key-of-done','{now}','{now}','{now}',NULL,1,1,0,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL);
+    INSERT INTO jobs VALUES(4,'running','work','pending',NULL,NULL,NULL,NULL,NULL,'k','key-of-running','{now}','{now}',
+        NULL,NULL,1,0,0,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL);
+    INSERT INTO jobs VALUES(5,'queued','work','pending','[1]',NULL,NULL,NULL,NULL,'k','key-of-queued','{now}',NULL,NULL,
+        1795470914.1914191646,0,0,0,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL);
+    INSERT INTO jobs VALUES(7,'raw','work','pending','[2]',x'ff00',NULL,NULL,NULL,12,'key-of-raw','{now}',NULL,NULL,
+        1795470914.2,0,0,0,NULL,NULL,0,NULL,NULL,NULL,NULL,NULL);
+    CREATE TABLE logs (
+        log_id INTEGER PRIMARY KEY, job_id TEXT NOT NULL, timestamp TEXT, message TEXT, level TEXT, module TEXT,
+        funcName TEXT, lineno INTEGER, seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE);
+    INSERT INTO logs VALUES(1,'done','2026-01-02T03:04:05.189744','a line','WARNING','mk','echo',6,3);
+    INSERT INTO logs VALUES(9,'done','2026-01-02T03:04:05.189745','another','INFO','mk','echo',7,3);
+    CREATE TABLE metadata (
+        seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE, key TEXT NOT NULL, job_id TEXT NOT NULL,
+        value TEXT, type TEXT, PRIMARY KEY (seq, key)) WITHOUT ROWID;
+    INSERT INTO metadata VALUES(3,'kind','done','text','string');
+    INSERT INTO metadata VALUES(3,'n','done','1','json');
+    CREATE TABLE sessions (token_hash TEXT PRIMARY KEY, created_at REAL, used_at REAL) WITHOUT ROWID;
+    INSERT INTO sessions VALUES('{session}',{epoch},{epoch});
+    CREATE INDEX jobs_by_status ON jobs (status, seq);
+    CREATE INDEX jobs_queued ON jobs (run_at, seq) WHERE run_at IS NOT NULL;
+    CREATE INDEX jobs_running ON jobs (seq) WHERE status = 'pending' AND run_at IS NULL;
+    CREATE INDEX jobs_by_finish ON jobs (finished_timestamp) WHERE finished_timestamp IS NOT NULL;
+    CREATE INDEX jobs_by_callback ON jobs (callback_host, callback_at) WHERE callback_at IS NOT NULL;
+    CREATE INDEX metadata_by_value ON metadata (key, value, seq);
+    CREATE INDEX logs_by_job ON logs (seq, log_id);
+    PRAGMA application_id = 1129533489;
+    PRAGMA user_version = 1;
+    COMMIT;
+    """
+
+
+def make_version_1(path, now, session="hash"):
+    """Make a database as the version before left it in a crash; ``now`` is when its recent jobs ended."""
+    text = VERSION_1.replace("{now}", csp.timestamp(now)).replace("{epoch}", str(now)).replace("{session}", session)
+    with opened(path) as connection:
+        connection.executescript(text)
+
+
+LISTS = [  # what is asked for, and the numbers of the jobs found, of thirty
+    ({"job_type": "a"}, lambda n: n % 3 == 0),
+    ({"job_type": "b"}, lambda n: n % 3 == 1),
+    ({"job_type": "no such"}, lambda n: False),
+    ({"job_type": "a", "status": "pending"}, lambda n: n % 3 == 0 and n % 5 < 3),
+    ({"job_type": "a", "status": "complete"}, lambda n: n % 3 == 0 and n % 5 == 3),
+    ({"job_type": "b", "status": "error"}, lambda n: n % 3 == 1 and n % 5 == 4),
+    ({"status": "running"}, lambda n: n % 5 == 2),
+    ({"status": "queued"}, lambda n: n % 5 < 2),
+    ({"job_type": "a", "status": "running"}, lambda n: n % 3 == 0 and n % 5 == 2),
+    ({"job_type": "c", "status": "queued"}, lambda n: n % 3 == 2 and n % 5 < 2),
+    ({"job_type": "a", "metadata": [("k", "v")]}, lambda n: n % 3 == 0 and n % 2 == 0),
+    ({"job_type": "a", "status": "queued", "metadata": [("k", "v")]}, lambda n: n % 6 == 0 and n % 5 < 2),
+    ({"status": "running", "metadata": [("k", "v")]}, lambda n: n % 2 == 0 and n % 5 == 2),
+]
+MORE_READS = {
+    "list by type": lambda store: store.list_jobs(20, job_type="work"),
+    "list by type and offset": lambda store: store.list_jobs(20, offset=15, job_type="work"),
+    "list by type before": lambda store: store.list_jobs(20, job_type="work", before_seq=350),
+    "list by type and status": lambda store: store.list_jobs(20, job_type="work", status="error"),
+    "list by type and status before": lambda store: store.list_jobs(20, 0, "error", (), 350, "work"),
+    "list by unknown type": lambda store: store.list_jobs(20, job_type="no such"),
+    "list by type and queued": lambda store: store.list_jobs(20, job_type="work", status="queued"),
+    "list by metadata and type": lambda store: store.list_jobs(20, metadata=[("third", "1")], job_type="work"),
+    "list by queued": lambda store: store.list_jobs(20, status="queued"),
+    "list by running": lambda store: store.list_jobs(20, status="running"),
+    "list by running and type": lambda store: store.list_jobs(20, status="running", job_type="work"),
+    "find": lambda store: store.find_jobs("job-3", 20),
+    "find nothing": lambda store: store.find_jobs("zzz", 20),
+    "find all": lambda store: store.find_jobs("", 20),
+    "list new logs": lambda store: store.list_new_logs(300, 600, 20),
+    "list no new logs": lambda store: store.list_new_logs(300, 10**9, 20),
+    "light jobs": lambda store: store.get_light_jobs([300, 5, 10**9]),
+    "longest due": lambda store: store.get_longest_due(),
+    "count by type": lambda store: store.count_by_type(),
+    "count by hour": lambda store: store.count_by_hour(0),
+}
+
+
+class TestSchema:
+    """The second version of the database, and what is asked of it."""
+
+    # -- from the first version
+
+    def test_a_database_of_version_1_opens_with_everything(self, start, gate, tmp_path):
+        path, now, cookie = tmp_path / "jobs.db", time.time() - 7200, "0123456789abcdef" * 4
+        make_version_1(path, now, csp._token_hash(cookie))
+
+        @gate.registry.asynchronous
+        def work(task_id, input):
+            gate.begun.put(task_id)
+            assert gate.open.wait(PATIENCE_SECONDS)
+            return input.get("data")
+
+        service = start(gate.registry, SESSION_IDLE_SECONDS=86_400, SESSION_SECONDS=86_400)
+        done = show(service.client, "done")
+        assert (done["status"], done["sent_data"], done["data"]) == ("complete", {"a": 1}, {"b": "\u00e4"})
+        assert done["metadata"] == {"kind": "text", "n": 1} and messages(done) == ["a line", "another"]
+        old = show(service.client, "old")
+        assert (old["error"], old["resubmitted_from"], old["progress"]) == (
+            {"message": "no"},
+            "x",
+            {"fraction": 0.5, "message": None},
+        )
+        assert old["callback"] == {
+            "status": "failed",
+            "attempts": 17,
+            "error": "refused",
+            "next_attempt_timestamp": None,
+        }
+        assert service.client.get("/job?kind=text").json["list"] == ["/job/done"]
+        assert service.client.get("/job").json["list"] == [
+            "/job/" + name for name in ("raw", "queued", "running", "done", "old")
+        ]
+        assert sorted(gate.begun.get(timeout=PATIENCE_SECONDS) for _ in range(3)) == ["queued", "raw", "running"]
+        assert service.client.get("/status").json["stats"] == {"pending": 3, "complete": 1, "error": 1}
+        assert show(service.client, "running")["attempts"] == 2 and show(service.client, "queued")["attempts"] == 1
+        assert service.client.get("/user", Cookie="csp_session=" + cookie).json["name"] == "Admin"
+        hour = int(now // 3600)
+        assert service.service.store.count_by_hour(hour - 100) == {(hour, "complete"): 1}  # the other is months ago
+        gate.open.set()
+        for name, data in (("queued", [1]), ("raw", [2]), ("running", None)):
+            assert eventually(lambda name=name: show(service.client, name)["status"] == "complete")
+            assert (show(service.client, name)["data"], show(service.client, name)["error"]) == (data, None)
+        key = service.client.get("/job/done", key="key-of-done")
+        assert key.status == 200 and service.client.get("/job/done", key="another").status == 403
+        assert service.client.submit("work")["job_id"]
+        service.stop()
+        assert counted(path) == {"pending": 0, "complete": 5, "error": 1}
+        assert dict(read_rows(path, "SELECT status, sum(jobs) FROM counts GROUP BY 1")) == counted(path)
+        assert read_rows(path, "PRAGMA integrity_check") == [("ok",)]
+        assert read_rows(path, "PRAGMA foreign_key_check") == []
+        assert read_rows(path, "PRAGMA user_version") == [(csp.SCHEMA_VERSION,)]
+        tables = {name for (name,) in read_rows(path, "SELECT tbl_name FROM sqlite_master")}
+        assert not [name for name in tables if name.startswith("old_")]
+
+    def test_the_numbers_of_jobs_and_lines_stay(self, tmp_path):
+        path = tmp_path / "jobs.db"
+        make_version_1(path, time.time())
+        before = [read_rows(path, f"SELECT * FROM {table} ORDER BY 1, 2") for table in ("logs", "metadata", "sessions")]
+        numbers = read_rows(path, "SELECT seq, job_id, run_at FROM jobs")
+        store = csp.Store(str(path))
+        try:
+            assert store.take_seq() == 8
+            assert [event[0] for event in store.list_new_logs(3, 0, 10)] == [1, 9]  # clients know them as event ids
+        finally:
+            store.close()
+        assert before == [
+            read_rows(path, f"SELECT * FROM {table} ORDER BY 1, 2") for table in ("logs", "metadata", "sessions")
+        ]
+        assert read_rows(path, "SELECT seq, job_id, run_at FROM jobs") == numbers
+
+    def test_a_migrated_database_has_the_schema_of_a_new_one(self, tmp_path):
+        schemas = []
+        for name, make in (
+            ("new", lambda path: None),
+            ("1", lambda path: make_version_1(path, time.time())),
+            ("0", make_predecessor),
+        ):
+            make(tmp_path / name)
+            csp.Store(str(tmp_path / name)).close()
+            rows = read_rows(tmp_path / name, "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2")
+            schemas.append([row for row in rows if "apscheduler" not in row[2]])
+        assert schemas[0] == schemas[1] == schemas[2]
+
+    @pytest.mark.parametrize("version", [1, 0])
+    def test_a_database_is_migrated_once(self, tmp_path, version):
+        path = tmp_path / "jobs.db"
+        make_version_1(path, time.time()) if version else make_predecessor(path)
+        csp.Store(str(path)).close()
+        before = dump(path)
+        csp.Store(str(path)).close()
+        assert dump(path) == before
+
+    @pytest.mark.parametrize(
+        "obstacle",
+        [
+            "CREATE TABLE hours (x)",
+            "CREATE TABLE old_jobs (x)",
+            "CREATE TABLE old_sessions (x)",
+            "ALTER TABLE metadata ADD COLUMN more",
+            "ALTER TABLE jobs RENAME COLUMN callback_host TO host",
+            "ALTER TABLE counts RENAME TO c",
+        ],
+    )
+    def test_a_migration_that_fails_in_the_middle_leaves_the_file_as_it_was(self, tmp_path, obstacle):
+        path = tmp_path / "jobs.db"
+        make_version_1(path, time.time())
+        with opened(path) as connection:
+            connection.execute(obstacle)
+        before = dump(path)
+        with pytest.raises(csp.StartError, match=r"The database .+ cannot be opened: .+\."):
+            csp.Store(str(path))
+        assert dump(path) == before
+        assert read_rows(path, "PRAGMA user_version") == [(1,)]
+        assert read_rows(path, "PRAGMA integrity_check") == [("ok",)]
+        assert read_rows(path, "PRAGMA application_id") == [(csp.APPLICATION_ID,)]
+
+    def test_a_migration_that_is_killed_is_made_by_the_next_start(self, tmp_path):
+        path = tmp_path / "jobs.db"
+        make_version_1(path, time.time())
+        code = (
+            "import csp, os, sys; fill = csp._FILL_HOURS; "
+            "csp._FROM_VERSION_1 = (*csp._FROM_VERSION_1[:3], 'SELECT die()'); "
+            "make = csp._create_functions; "
+            "csp._create_functions = lambda c: (make(c), c.create_function('die', 0, lambda: os._exit(9))); "
+            "csp.Store(sys.argv[1])"
+        )
+        ended = subprocess.run([sys.executable, "-c", code, str(path)], cwd=str(HERE), timeout=PATIENCE_SECONDS)
+        assert ended.returncode == 9
+        assert read_rows(path, "PRAGMA user_version") == [(1,)] and len(read_rows(path, "SELECT * FROM jobs")) == 5
+        store = csp.Store(str(path))
+        assert store.count_jobs() == {"pending": 3, "complete": 1, "error": 1} and len(store.list_jobs(10)) == 5
+        store.close()
+
+    @pytest.mark.parametrize("zone", ["UTC", "America/St_Johns", "Pacific/Kiritimati", "Asia/Kathmandu"])
+    @pytest.mark.parametrize("version", [1, 0])
+    def test_the_hours_of_recent_jobs_are_right_in_any_zone(self, tmp_path, monkeypatch, zone, version):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        try:
+            path, now = tmp_path / "jobs.db", time.time()
+            make_version_1(path, now) if version else make_predecessor(path)
+            ends = [now - 60, now - 3600, now - 3700, now - 20 * 3600, now - 3 * 86_400]
+            with opened(path) as connection:
+                connection.execute("DELETE FROM jobs WHERE status = 'complete'")
+                connection.executemany(
+                    "INSERT INTO jobs (job_id, job_type, status, job_key, requested_timestamp, finished_timestamp) "
+                    "VALUES (?, 'echo', 'complete', '', ?, ?)",
+                    [
+                        (
+                            f"n{number}",
+                            csp.timestamp(end),
+                            csp.timestamp(end) if version else csp.timestamp(end).replace("T", " "),
+                        )
+                        for number, end in enumerate(ends)
+                    ],
+                )
+            store = csp.Store(str(path))
+            try:
+                expected = {}
+                for end in ends[:4]:
+                    key = (int(end // 3600), "complete")
+                    expected[key] = expected.get(key, 0) + 1
+                assert store.count_by_hour(0) == expected
+            finally:
+                store.close()
+        finally:
+            monkeypatch.undo()
+            time.tzset()
+
+    def test_hours_go_on_being_counted(self, store):
+        now = int(time.time() // 3600)
+        for number in range(6):
+            job = claim(store, add_job(store, str(number)))
+            finish(store, job, "error" if number % 3 == 0 else "complete")
+        later = int(time.time() // 3600)
+        found = store.count_by_hour(now)
+        assert {hour for hour, _ in found} <= {now, later}
+        assert sum(jobs for (_, status), jobs in found.items() if status == "error") == 2
+        assert sum(found.values()) == 6 and store.count_by_hour(later + 1) == {}
+
+    @pytest.mark.parametrize("text", ["some day", "2099-13-45 99:99:99.000000"])
+    def test_a_time_that_is_none_in_the_predecessors_columns_stops_nothing(self, start, tmp_path, text):
+        make_predecessor(tmp_path / "jobs.db")
+        with opened(tmp_path / "jobs.db") as connection:
+            connection.execute("UPDATE jobs SET finished_timestamp = ? WHERE job_id = 'done'", (text,))
+        assert show(start().client, "done")["status"] == "complete"
+
+    def test_the_longest_waiting_may_be_a_job_of_the_predecessor_without_a_time(self, tmp_path):
+        make_predecessor(tmp_path / "jobs.db")
+        with opened(tmp_path / "jobs.db") as connection:
+            connection.execute("UPDATE jobs SET requested_timestamp = NULL WHERE status = 'pending'")
+        store = csp.Store(str(tmp_path / "jobs.db"))
+        try:
+            store.get_longest_due()
+        finally:
+            store.close()
+
+    # -- lists
+
+    @pytest.fixture
+    def thirty(self, store):
+        """A store with thirty jobs of three types in all states."""
+        for number in range(1, 31):
+            job = add_job(
+                store,
+                f"job-{number}",
+                job_type="cab"[(number + 1) % 3],
+                metadata='{"k": "v"}' if number % 2 == 0 else None,
+            )
+            if number % 5 >= 2:
+                job = claim(store, job)
+            if number % 5 >= 3:
+                finish(store, job, "complete" if number % 5 == 3 else "error")
+            elif number % 5 == 1:
+                with contextlib.suppress(KeyError):
+                    store.mark_queued(claim(store, job), 1e10, None, lambda: None)
+            else:
+                self.put_off(store, job, number)
+        return store
+
+    @staticmethod
+    def put_off(store, job, number):
+        """Let nothing claim the job by the way, if it is to stay queued."""
+        if number % 5 == 0:
+            store.mark_queued(claim(store, job), 1e10 - number, None, lambda: None)
+
+    @pytest.mark.parametrize("wanted, matches", LISTS, ids=[str(wanted) for wanted, _ in LISTS])
+    def test_lists_come_newest_first_and_in_pages(self, thirty, wanted, matches):
+        expected = [number for number in range(30, 0, -1) if matches(number)]
+        assert [seq for seq, _ in thirty.list_jobs(100, **wanted)] == expected
+        assert all(job_id == f"job-{seq}" for seq, job_id in thirty.list_jobs(100, **wanted))
+        for limit in (0, 1, 2, 3, 7, 30):
+            for offset in range(0, len(expected) + 2):
+                found = [seq for seq, _ in thirty.list_jobs(limit, offset=offset, **wanted)]
+                assert found == expected[offset : offset + limit], (limit, offset)
+            for before in (1, 2, 15, 16, 30, 31):
+                found = [seq for seq, _ in thirty.list_jobs(limit, before_seq=before, **wanted)]
+                assert found == [number for number in expected if number < before][:limit], (limit, before)
+                found = [seq for seq, _ in thirty.list_jobs(limit, 1, before_seq=before, **wanted)]
+                assert found == [number for number in expected if number < before][1 : 1 + limit], (limit, before)
+
+    @pytest.mark.parametrize(
+        "prefix, found",
+        [
+            ("", ["", "%", "A", "_", "a", "a%", "a_", "ab", "abc", "b", "\u00e4", "\u00e4b", "\uffff", "\U0001f600"]),
+            ("a", ["a", "a%", "a_", "ab", "abc"]),
+            ("A", ["A"]),
+            ("ab", ["ab", "abc"]),
+            ("abcd", []),
+            ("a%", ["a%"]),
+            ("a_", ["a_"]),
+            ("%", ["%"]),
+            ("_", ["_"]),
+            ("*", []),
+            ("'", []),
+            ("\u00e4", ["\u00e4", "\u00e4b"]),
+            ("\uffff", ["\uffff"]),
+            ("\U0001f600", ["\U0001f600"]),
+        ],
+        ids=ascii,
+    )
+    def test_jobs_are_found_by_the_beginning_of_their_id(self, store, prefix, found):
+        ids = ["b", "\U0001f600", "ab", "a", "%", "\u00e4b", "_", "a_", "A", "\u00e4", "abc", "a%", "\uffff"]
+        for job_id in ids:
+            add_job(store, job_id)
+        expected = [job_id for job_id in found if job_id]
+        assert [job_id for _, job_id in store.find_jobs(prefix, 100)] == expected
+        assert [job_id for _, job_id in store.find_jobs(prefix, 2)] == expected[:2]
+        assert all(store.get_job(job_id).seq == seq for seq, job_id in store.find_jobs(prefix, 100))
+
+    def test_a_job_whose_id_goes_on_with_the_last_character_is_found(self, store):
+        add_job(store, "a\U0010ffff")
+        assert [job_id for _, job_id in store.find_jobs("a", 10)] == ["a\U0010ffff"]
+
+    @pytest.mark.parametrize("name", [name for name in MORE_READS if not name.startswith(("count", "longest"))])
+    def test_every_statement_is_answered_from_an_index_in_order(self, two_sizes, name):
+        statements, _ = observe(two_sizes[0], lambda: MORE_READS[name](two_sizes[0]))
+        assert 1 <= len(statements) <= 3
+        for statement in statements:
+            with csp._borrowed(two_sizes[0]._readers) as connection:
+                plan = [row[3] for row in connection.execute("EXPLAIN QUERY PLAN " + statement)]
+            assert plan and not [
+                step
+                for step in plan
+                if "TEMP B-TREE" in step or "AUTOMATIC" in step or (step.startswith("SCAN") and "INDEX" not in step)
+            ], plan
+
+    @pytest.mark.parametrize("name", MORE_READS)
+    def test_reading_it_costs_the_same_however_many_jobs_there_are(self, two_sizes, name):
+        small, large = (observe(store, lambda store=store: MORE_READS[name](store))[1] for store in two_sizes)
+        assert large <= small * 1.3 + 100
+
+    @pytest.mark.parametrize("more", [{}, {"job_type": "work"}], ids=str)
+    def test_the_few_that_run_are_found_among_many_that_wait(self, tmp_path, more):
+        steps = []
+        for count in (400, 8000):
+            path = tmp_path / f"{count}.db"
+            csp.Store(str(path)).close()
+            with opened(path) as connection:
+                connection.execute(
+                    """WITH RECURSIVE n (seq) AS (SELECT 1 UNION ALL SELECT seq + 1 FROM n WHERE seq < ?)
+                    INSERT INTO jobs (seq, job_id, job_type, status, run_at)
+                    SELECT seq, seq, 'work', 'pending', CASE WHEN seq > 5 THEN seq END FROM n""",
+                    (count,),
+                )
+            store = csp.Store(str(path))
+            try:
+                assert len(store.list_jobs(20, status="running", **more)) == 5
+                steps.append(observe(store, lambda store=store: store.list_jobs(20, status="running", **more))[1])
+            finally:
+                store.close()
+        assert steps[1] <= steps[0] * 1.3 + 100
+
+    def test_lines_of_a_batch_that_is_undone_stay_in_order(self, store):
+        job = claim(store, add_job(store, "a"))
+        run = csp.JobRun("a", job.seq, job.attempts, lambda run, must_wait: None, lambda: None)
+        lines = [csp.LogLine("", str(number), "INFO", "", "", 0) for number in range(6)]
+        gate = threading.Event()
+        store.add_job(make_job(store, "gate"), lambda: gate.wait(PATIENCE_SECONDS))
+        writes = []
+        for number in range(3):
+
+            def operation(transaction, number=number):
+                run.lines.extend(lines[2 * number : 2 * number + 2])  # what has been logged until then
+                csp._add_lines(transaction, run)
+
+            writes.append(store._enqueue(operation))
+
+        def fail(transaction):
+            raise sqlite3.OperationalError("disk I/O error")
+
+        writes.append(store._enqueue(fail))
+        gate.set()
+        for write in writes:
+            with pytest.raises(csp.Unavailable):
+                write.wait()
+        assert [line.message for line in run.lines] == [str(number) for number in range(6)]
+
+
+TALK_MODULE = """
+    import logging, os, time
+    import csp.job as job, csp.util as util
+
+    @job.asynchronous
+    def wait(task_id, input):
+        logger = logging.getLogger(task_id)
+        logger.propagate = False
+        logger.addHandler(util.StoringHandler(task_id, input))
+        while not os.path.exists(input["data"]["until"]):
+            if input["data"]["talks"]:
+                logger.warning("still waiting")
+            time.sleep(0.1)
+    """
+
+
+@linux_only
+class TestManyWaiters:
+    """A thousand who wait, in a process of their own."""
+
+    @staticmethod
+    def open_waiters(client, jobs):
+        """Return 500 connections with event streams, and what came on them first, and 500 with Prefer: wait."""
+        connections = []
+        for number in range(1000):
+            job = jobs[number % len(jobs)]
+            path = f"/job/{job['job_id']}/events" if number < 500 else f"/job/{job['job_id']}"
+            head = f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nAuthorization: {job['job_key']}\r\n"
+            head += "\r\n" if number < 500 else "Prefer: wait=50\r\n\r\n"
+            connections += open_connections(client.url, 1, head.encode("ascii"))
+        first = [connection.recv(65_536) for connection in connections[:500]]
+        assert all(part.startswith(b"HTTP/1.1 200 ") for part in first)
+        return connections[:500], first, connections[500:]
+
+    @staticmethod
+    def time_requests(client, count):
+        """Return the sorted times in milliseconds of GET /status on one connection."""
+        connection, times = http.client.HTTPConnection(client.host, client.port, timeout=PATIENCE_SECONDS), []
+        for _ in range(count):
+            began = time.perf_counter()
+            connection.request("GET", "/status")
+            assert json.loads(connection.getresponse().read().decode("utf-8"))["stats"]["pending"] == 5
+            times.append((time.perf_counter() - began) * 1000)
+        connection.close()
+        return sorted(times)
+
+    @pytest.mark.parametrize("talks", [False, True], ids=["quiet", "jobs that log ten times a second"])
+    def test_a_thousand_wait_and_are_answered_and_others_do_not_notice(self, launch, many_files, tmp_path, talks):
+        server = launch(TALK_MODULE, "--workers", "8")
+        data = {"until": str(tmp_path / "go"), "talks": talks}
+        jobs = [server.client.submit("wait", data=data) for _ in range(5)]
+        began = time.monotonic()
+        streams, first, waiters = self.open_waiters(server.client, jobs)
+        try:
+            eventually(lambda: thread_count(server.process.pid) >= 1000)
+            opened_in = time.monotonic() - began
+            times = self.time_requests(server.client, 300)
+            assert not [connection for connection in waiters if is_readable(connection)]
+            began = time.monotonic()
+            (tmp_path / "go").touch()
+            rest = [read_to_end(connection) for connection in streams]
+            answers = [read_to_end(connection) for connection in waiters]
+            ended_in = time.monotonic() - began
+        finally:
+            for connection in streams + waiters:
+                connection.close()
+        print(
+            f"\n1,000 waiters: opened in {opened_in:.2f} s; GET /status p50 {times[150]:.1f} ms, "
+            f"p99 {times[296]:.1f} ms, max {times[-1]:.1f} ms; all answered in {ended_in:.2f} s"
+        )
+        for begin, end in zip(first, rest):
+            assert (begin + end).endswith(b"\n\n\r\n0\r\n\r\n") and re.search(rb'"state": ?"complete"', begin + end)
+        for answer in answers:
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ") and b"\r\nPreference-Applied: wait=50\r\n" in head
+            assert json.loads(body.decode("utf-8"))["status"] == "complete"
+        assert times[296] < 100
+        assert server.client.get("/status").json["stats"] == {"pending": 0, "complete": 5, "error": 0}
+        eventually(lambda: thread_count(server.process.pid) < 100)
+        assert server.terminate() == 0
+
+
+def is_readable(connection):
+    connection.setblocking(False)
+    try:
+        return bool(connection.recv(1, socket.MSG_PEEK))
+    except BlockingIOError:
+        return False
+    finally:
+        connection.settimeout(PATIENCE_SECONDS)
+
+
+def read_to_end(connection):
+    parts = []
+    while True:
+        part = connection.recv(65_536)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+
+
 class TestExamples:
     """jobs_example.py."""
 
