@@ -3234,6 +3234,7 @@ SCHEMAS: Dict[str, Schema] = {
     "NewKey": {**_object("", api_key=_API_KEY), "additionalProperties": False},
     "Login": _object("username password", username=_TEXT, password=_TEXT, next=_TEXT),
 }
+RAW_RESULT = "*/*"
 FORMS = frozenset(("Login",))  # bodies that are URL-encoded; all others are JSON
 _NUMBER: Schema = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 PARAMETERS: Dict[str, Tuple[str, Schema, str]] = {  # where, schema, description
@@ -3300,6 +3301,8 @@ def _describe(route: Route) -> Dict[str, Any]:
         "description": " ".join((route.endpoint.__doc__ or "").split()), "parameters": parameters,
         "responses": {**_success(route.answer), **{str(status): {"$ref": f"#/components/responses/{status}"}
                                                    for status in sorted(refusals)}}}
+    if route.answer == RAW_RESULT:  # its refusal is the job's own error, if it failed
+        operation["responses"]["409"] = _answer_object(REFUSALS[409], "Failure")
     if route.body:
         kind = "application/x-www-form-urlencoded" if route.body in FORMS else "application/json"
         operation["requestBody"] = {"required": route.body == "Submission", "content": {
@@ -4346,14 +4349,15 @@ class Service:
         if not self.settings["PUBLIC_JOB_LIST"] and not self.auth.may_administer(request):
             raise Forbidden
         limit = min(request.number("_limit", default_limit) or 0, MAX_LISTED)
+        offset, before = request.number("_offset", 0) or 0, request.number("_before", None)
         query = dict(request.query)
         if query.get("_id"):
             return self.store.find_jobs(query["_id"], limit), ""
         filters = [(key, value) for key, value in request.query if key not in LIST_PARAMETERS]
         key, equals, value = query.get("_metadata", "").partition("=")
         filters += [(key.strip(), value.strip())] if equals else []
-        jobs = self.store.list_jobs(limit, request.number("_offset", 0) or 0, query.get("_status") or None, filters,
-                                    request.number("_before", None), query.get("_type") or None)
+        jobs = self.store.list_jobs(limit, offset, query.get("_status") or None, filters, before,
+                                    query.get("_type") or None)
         if not jobs or len(jobs) < limit:
             return jobs, ""
         kept = [pair for pair in request.query if pair[0] not in ("_offset", "_before")]
@@ -4839,7 +4843,7 @@ ROUTES = (
     Route("PUT", "/job/<job_id>", Service.put_job, "submit a job under an id of your own; may be repeated",
           "SubmittedJob", body="Submission", parameters=("Prefer",), refusals=(403,)),
     Route("DELETE", "/job/<job_id>", Service.delete_job, "delete a job", "Success", JOB_KEY, refusals=(404,)),
-    Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job", "*/*", JOB_KEY,
+    Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job", RAW_RESULT, JOB_KEY,
           parameters=("Prefer",), refusals=(404,)),
     Route("GET", "/job/<job_id>/events", Service.stream_job_events, "what happens to a job, as it happens",
           "text/event-stream", JOB_KEY, parameters=("Last-Event-ID", "last_event_id"), refusals=(404,)),
