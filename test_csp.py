@@ -604,7 +604,8 @@ STANDARD_LIBRARY = getattr(
     "stdlib_module_names",
     frozenset(
         """ atexit resource
-    __future__ argparse ast base64 binascii collections concurrent contextlib contextvars copy datetime email errno
+    __future__ argparse ast base64 binascii bisect collections concurrent contextlib contextvars copy csv datetime email
+    errno
     fcntl functools getpass hashlib heapq hmac html http importlib inspect io ipaddress itertools json logging math
     mimetypes operator os pathlib platform queue random re secrets select selectors shlex shutil signal socket
     socketserver sqlite3 ssl stat string struct subprocess sys tempfile textwrap threading time traceback types typing
