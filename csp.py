@@ -71,6 +71,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import weakref
 from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -653,6 +654,9 @@ TRANSITIONS: Dict[str, FrozenSet[str]] = {
 }
 MAX_ATTEMPTS = 3  # a job that ends the whole process each time must not do so for ever
 MAX_LOG_MESSAGE = 65_536  # characters; what is longer belongs into the result
+BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time,
+BACKOFF_JITTER = 1.5  # times up to that
+LONGEST_BACKOFF_SECONDS = BACKOFF_SECONDS[1] * BACKOFF_JITTER
 MAX_UNWRITTEN_LINES = 5_000  # log lines that a job may be ahead of the disk before it has to wait
 AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of what runs again: before all that waits
 CANCELLED = "cancelled"
@@ -668,7 +672,8 @@ class Job(NamedTuple):
     """A record. ``sent_data``, ``data``, ``error``, ``metadata`` and ``progress`` are JSON texts or None.
 
     ``data`` is bytes if the function returned bytes. ``run_at`` (epoch seconds: may run from then on) is None unless
-    the job is queued; ``callback_at`` (epoch seconds: next delivery) is None unless one is due.
+    the job is queued; ``callback_at`` (epoch seconds: next delivery) is None unless one is due. Of its ``attempts``,
+    ``crashes`` ended with the process and ``failures`` with an exception that was retried; an orderly stop is neither.
     """
 
     seq: int
@@ -697,6 +702,8 @@ class Job(NamedTuple):
     callback_host: Optional[str]
     resubmitted_from: Optional[str]
     submission_hash: Optional[str] = None
+    crashes: int = 0
+    failures: int = 0
 
     @property
     def state(self) -> str:
@@ -708,7 +715,7 @@ class Job(NamedTuple):
     @property
     def is_suspect(self) -> bool:
         """Whether the queued job was running in all crashes but the one that would be its last."""
-        return self.run_at == AFTER_CRASH and self.attempts >= MAX_ATTEMPTS - 1
+        return self.run_at == AFTER_CRASH and self.crashes >= MAX_ATTEMPTS - 1
 
     def read_input(self) -> Dict[str, Any]:
         """Return the submitted object, as the job's function gets it."""
@@ -880,6 +887,11 @@ class JobRun:
         self.is_announced = False
         self._written = written
         self._wake = wake
+        self._turn = threading.Lock()
+
+    def take(self) -> bool:
+        """Return True to the first caller only: an executor may run what it has refused."""
+        return self._turn.acquire(blocking=False)
 
     def add_line(self, line: LogLine) -> None:
         """Add to the job's log; wait for the disk if the job is too far ahead of it."""
@@ -944,17 +956,25 @@ class StoringHandler(logging.Handler):
         if self.run is not None:
             self.run.handlers.append(self)
 
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Emit the record without the lock of other handlers: a job may wait for the disk here, and must alone."""
+        is_wanted = bool(self.filter(record))
+        if is_wanted:
+            self.emit(record)
+        return is_wanted
+
     def emit(self, record: logging.LogRecord) -> None:
         """Store the record as a LogLine; a record that cannot be formatted is stored as it is."""
         run = self.run
-        if run is None or run.ended or not self._is_own(record):
+        if run is None or run.ended or record.name in (log.name, access_log.name) or not self._is_own(record):
             return
         try:
             message = self.format(record)
         except Exception as error:  # noqa: BLE001 - a job's bad log call is no reason to fail the job
             message = f"{record.msg if isinstance(record.msg, str) else ''} ({type(error).__name__} in logging)"
-        run.add_line(LogLine(timestamp(record.created), clean(message), record.levelname, record.module,
-                             str(record.funcName), record.lineno))
+        lineno = record.lineno if isinstance(record.lineno, int) and 0 <= record.lineno < 2**31 else 0
+        run.add_line(LogLine(timestamp(record.created), clean(message), clean(str(record.levelname)),
+                             clean(str(record.module)), clean(str(record.funcName)), lineno))
 
     def _is_own(self, record: logging.LogRecord) -> bool:
         current = _current_run.get()
@@ -1033,7 +1053,8 @@ _SCHEMA = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE, job_type TEXT NOT NULL, status TEXT NOT NULL,
         requested_timestamp TEXT, started_timestamp TEXT, finished_timestamp TEXT, run_at REAL,
-        attempts INTEGER NOT NULL DEFAULT 0, synchronous INTEGER NOT NULL DEFAULT 0,
+        attempts INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0,
+        failures INTEGER NOT NULL DEFAULT 0, synchronous INTEGER NOT NULL DEFAULT 0,
         cancelled INTEGER NOT NULL DEFAULT 0, callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0,
         callback_error TEXT, callback_at REAL, callback_host TEXT, result_url TEXT, api_key, job_key TEXT,
         submission_hash TEXT, resubmitted_from TEXT, progress TEXT, metadata TEXT, error TEXT, sent_data TEXT, data,
@@ -1096,7 +1117,8 @@ _SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
 _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
     callback_status = ?, callback_at = ?, api_key = ?, run_at = NULL
     WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
-_REQUEUE_JOB = f"UPDATE jobs SET run_at = ?, progress = NULL WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"
+_REQUEUE_JOB = f"""UPDATE jobs SET run_at = ?, crashes = ?, failures = ?, progress = NULL
+    WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"""
 _INSERT_LINE = """INSERT INTO logs (timestamp, message, level, module, funcName, lineno, job_id, seq)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
 
@@ -1160,7 +1182,10 @@ class _Spoiled(Exception):
 
 @contextmanager
 def _borrowed(pool: queue.SimpleQueue[sqlite3.Connection]) -> Iterator[sqlite3.Connection]:
-    connection = pool.get()
+    try:
+        connection = pool.get(timeout=BUSY_SECONDS)
+    except queue.Empty:  # closed while somebody still asks, or others have been reading for long
+        raise Unavailable("The database cannot be read now; try again.") from None
     try:
         yield connection
     finally:
@@ -1178,6 +1203,7 @@ class Store:
         if path is not None:
             _check_database(path)
         self._lock_file = _lock_database(path) if path else None
+        _closed_in_children.add(self)
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._writers = self._readers if path is None else queue.SimpleQueue()
         try:
@@ -1225,6 +1251,9 @@ class Store:
     def _unlock(self) -> None:
         if self._lock_file is not None:
             os.close(self._lock_file)
+            self._lock_file = None
+
+    close_in_child = _unlock  # a job's own child process must not hold the lock when this one has died
 
     # -- the writer
 
@@ -1298,7 +1327,7 @@ class Store:
     @staticmethod
     def _run_operation(connection: sqlite3.Connection, transaction: Transaction, write: Write, alone: bool) -> None:
         """Run one operation. Its own mistake is its caller's alone; the disk's is everybody's, and raised."""
-        before = connection.total_changes
+        before, undone = connection.total_changes, len(transaction.on_rollback)
         write.error = None
         try:
             write.result = write.operation(transaction)
@@ -1307,6 +1336,9 @@ class Store:
                 raise
             if connection.total_changes != before and not alone:
                 raise _Spoiled from error
+            for undo in reversed(transaction.on_rollback[undone:]):
+                undo()
+            del transaction.on_rollback[undone:]
             is_value = isinstance(error, (sqlite3.Error, OverflowError, UnicodeError))
             write.error = ValueError(f"It cannot be stored: {error}") if is_value else error
             if connection.total_changes != before:
@@ -1519,20 +1551,24 @@ class Store:
             transaction.on_commit.append(then)
         return self._enqueue(operation)
 
-    def claim_jobs(self, limit: int, now: float, is_idle: bool) -> Claim:
+    def claim_jobs(self, limit: int, now: float, is_calm: Callable[[], bool]) -> Claim:
         """Mark up to ``limit`` queued jobs as running, the longest due first, and return them.
 
-        A suspect is claimed by itself, and only if the runner ``is_idle``.
+        A suspect is claimed by itself, and only if the runner ``is_calm``. A clock that has been set back makes nobody
+        wait: what has never run is due, and so is what would have to wait longer than any retry.
         """
         check_transition(QUEUED, RUNNING)
+
+        def is_due(job: Job) -> bool:
+            wait = (job.run_at or 0.0) - now
+            return not job.is_suspect and (wait <= 0 or not job.attempts or wait > LONGEST_BACKOFF_SECONDS)
 
         def operation(transaction: Transaction) -> Claim:
             waiting = [Job._make(row) for row in transaction.execute(
                 _SELECT_JOB + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?", (limit + 1,))]
             is_suspect = bool(waiting) and waiting[0].is_suspect
-            due = list(itertools.takewhile(lambda job: (job.run_at or 0.0) <= now and not job.is_suspect,
-                                           waiting[:limit]))
-            if is_suspect and is_idle:
+            due = list(itertools.takewhile(is_due, waiting[:limit]))
+            if is_suspect and is_calm():
                 due = waiting[:1]
             claimed = [job._replace(run_at=None, attempts=job.attempts + 1, started_timestamp=timestamp(now))
                        for job in due]
@@ -1576,7 +1612,8 @@ class Store:
         check_transition(job.state, QUEUED)
 
         def operation(transaction: Transaction) -> bool:
-            if not transaction.execute(_REQUEUE_JOB, (run_at, job.seq, job.attempts)).rowcount:
+            if not transaction.execute(_REQUEUE_JOB, (
+                    run_at, job.crashes, job.failures, job.seq, job.attempts)).rowcount:
                 return False
             if run is not None:
                 _add_lines(transaction, run)
@@ -1600,21 +1637,26 @@ class Store:
             _add_lines(transaction, run)
             if run.is_progress_unwritten:
                 run.is_progress_unwritten = False
+                transaction.on_rollback.append(functools.partial(setattr, run, "is_progress_unwritten", True))
                 run.progress_written = time.monotonic()
                 transaction.execute("UPDATE jobs SET progress = ? WHERE seq = ? AND attempts = ?",
                                     (run.progress, run.seq, run.attempt))
             transaction.touched.add(run.job_id)
         return self._enqueue(operation)
 
-    def mark_callback(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> None:
-        """Record an attempt at the job's callback; without ``next_at`` it was the last, and the api_key is erased."""
-        def operation(transaction: Transaction) -> None:
-            transaction.execute(
+    def mark_callback(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> bool:
+        """Record an attempt at the job's callback; without ``next_at`` it was the last, and the api_key is erased.
+
+        Return False, with nothing changed, if the job is gone or its callback was made due anew meanwhile.
+        """
+        def operation(transaction: Transaction) -> bool:
+            transaction.touched.add(job.job_id)
+            return transaction.execute(
                 """UPDATE jobs SET callback_status = ?, callback_attempts = callback_attempts + 1, callback_error = ?,
                 callback_at = ?, api_key = CASE WHEN ? IS NOT NULL THEN api_key END
-                WHERE seq = ? AND callback_at IS NOT NULL""", (status, error, next_at, next_at, job.seq))
-            transaction.touched.add(job.job_id)
-        self._write(operation)
+                WHERE seq = ? AND callback_at = ?""",
+                (status, error, next_at, next_at, job.seq, job.callback_at)).rowcount > 0
+        return self._write(operation)
 
     def mark_callback_due(self, job: Job, api_key: Union[str, int, float, None], then: Callable[[], None]) -> None:
         """Make the finished job's callback due now, from the first attempt; ``api_key`` if there is none any more."""
@@ -1713,6 +1755,18 @@ def _lock_database(path: str) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
     return descriptor
+
+
+_closed_in_children: weakref.WeakSet[Any] = weakref.WeakSet()  # have a method ``close_in_child``
+
+
+def _close_in_child() -> None:
+    for owner in list(_closed_in_children):
+        owner.close_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -1879,6 +1933,7 @@ CALLBACK_THREADS = 64
 CALLBACK_THREADS_PER_HOST = 4  # for a host whose last callback was accepted; every other gets one
 MAX_CALLBACK_ANSWER_BYTES = 4096  # enough for an error text
 MAX_RETRY_AFTER_SECONDS = 36_000.0
+LONGEST_RETRY_SECONDS = 1.1 * RETRY_SECONDS[-1]  # with its jitter
 
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _HEADER_VALUE = re.compile(r"[\x20-\x7e\xa0-\xff]*")
@@ -2013,6 +2068,11 @@ def next_callback_at(attempts: int, answer: CallbackAnswer, now: float) -> Optio
     return now + max(delay, min(answer.retry_after_seconds, MAX_RETRY_AFTER_SECONDS))
 
 
+def _is_over(wait_seconds: float) -> bool:
+    """Return whether a wait is over; one longer than any there is comes from a clock that has been set back."""
+    return wait_seconds <= 0 or wait_seconds > LONGEST_RETRY_SECONDS
+
+
 def _retry_after_seconds(text: Optional[str], now: float) -> float:
     """Return the seconds that a Retry-After header asks for (RFC 9110, section 10.2.3), 0 if it makes no sense."""
     if text is None:
@@ -2085,7 +2145,7 @@ class CallbackSender:
             with self._condition:
                 now = time.time()
                 waits = {host: at - now for host, at in self._due.items() if self._has_place(host)}
-                ready = [host for host, wait in waits.items() if wait <= 0]
+                ready = [host for host, wait in waits.items() if _is_over(wait)]
                 if not ready and not self._is_stopping:
                     self._condition.wait(min([*waits.values(), 1.0 if self._sending else 60.0]))
                 if self._is_stopping:
@@ -2094,7 +2154,11 @@ class CallbackSender:
                     del self._due[host]
             self._end_late_attempts()
             for host in ready:
-                self._dispatch(host, now)
+                try:
+                    self._dispatch(host, now)
+                except Exception:  # noqa: BLE001 - the worker loop: without it no callback would ever go out again
+                    log.exception("callbacks to %s cannot be sent now", host)
+                    self.notify(host, now + 1.0)
 
     def _watch(self, connection: socket.socket) -> None:
         deadline = self._sockets.get(threading.get_ident(), (time.monotonic() + CALLBACK_SECONDS, None))[0]
@@ -2129,39 +2193,56 @@ class CallbackSender:
             if job.seq in sending:
                 continue
             with self._condition:
-                has_place = self._has_place(host) and (job.callback_at or 0.0) <= now and not self._is_stopping
+                is_due = not job.callback_attempts or _is_over((job.callback_at or 0.0) - now)
+                has_place = self._has_place(host) and is_due and not self._is_stopping
                 if has_place:
                     self._sending.setdefault(host, set()).add(job.seq)
             if not has_place:
                 self.notify(host, job.callback_at or now)
                 return
-            self._pool.submit(self._deliver, host, job)
+            try:
+                self._pool.submit(self._deliver, host, job)
+            except RuntimeError:  # no more threads
+                with self._condition:
+                    self._sending[host].discard(job.seq)
+                raise
 
     def _deliver(self, host: str, job: Job) -> None:
         """Try once, write down what came of it, and make place for the next."""
-        answer = CallbackAnswer("the attempt could not be recorded")
+        answer = CallbackAnswer("the attempt could not be made")
         next_at: Optional[float] = None
         try:
             answer = self._send(job)
             next_at = next_callback_at(job.callback_attempts + 1, answer, time.time())
             status = "delivered" if answer.error is None else "failed" if next_at is None else PENDING
             self._metrics.callbacks.add((("result", {PENDING: "retry", "failed": "given_up"}.get(status, status)),))
-            self._store.mark_callback(job, status, answer.error, next_at)
+            if not self._record(job, status, answer.error, next_at):
+                next_at = time.time()  # made due anew, or gone: look
         except Unavailable:
-            next_at = time.time() + 1.0
+            next_at = time.time() + 1.0  # nothing has been sent: the job's log cannot be read
         except Exception:  # noqa: BLE001 - the worker loop: the callback has to be tried again whatever happened
             log.exception("the callback of job %s failed in an unexpected way", job.job_id)
             next_at = time.time() + RETRY_SECONDS[-1]
         finally:
             self._finish(host, job, answer, next_at)
 
+    def _record(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> bool:
+        """Write an attempt down, however long the disk is ill: what was delivered must not be sent every second."""
+        while True:
+            try:
+                return self._store.mark_callback(job, status, error, next_at)
+            except Unavailable:
+                with self._condition:
+                    if self._condition.wait_for(lambda: self._is_stopping, 1.0):
+                        return True
+
     def _finish(self, host: str, job: Job, answer: CallbackAnswer, next_at: Optional[float]) -> None:
         if answer.error is not None:
             log.warning("callback of job %s to %s: %s", job.job_id, host, answer.error)
         with self._condition:
-            self._sending[host].discard(job.seq)
-            if not self._sending[host]:
-                del self._sending[host]
+            self._sending.get(host, set()).discard(job.seq)
+            if not self._sending.get(host):
+                self._sending.pop(host, None)
             (self._healthy.add if answer.error is None else self._healthy.discard)(host)
             if next_at is not None:
                 self._due[host] = min(next_at, self._due.get(host, next_at))
@@ -2177,11 +2258,11 @@ class CallbackSender:
             with error:
                 return CallbackAnswer(f"answered {error.code}", error.code == 410,
                                       _retry_after_seconds(error.headers.get("Retry-After"), now))
+        except Conflict as error:
+            return CallbackAnswer(error.message, is_final=True)
         except Unavailable:
             raise
-        except CspError as error:
-            return CallbackAnswer(error.message, is_final=True)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is has to be written down, or it repeats at once
             reason = getattr(error, "reason", error)
             return CallbackAnswer(clean(f"{type(reason).__name__}: {reason}"))
         finally:
@@ -2211,7 +2292,6 @@ ABANDONED_THREADS = 1000  # functions past their timeout cannot be stopped in a 
 MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
 PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
 ALONE_SECONDS = 60.0  # how long a suspect runs alone: whoever kills the process must not take the others along again
-BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time
 STOPPED = "The service stopped while the job was running."
 
 
@@ -2315,6 +2395,7 @@ class Runner:
         self._to_stop: Set[int] = set()  # told to stop between being claimed and being begun
         self._unrecorded: List[Callable[[], Any]] = []  # what the disk could not take, to be called again
         self._is_woken = True
+        self._is_paused = False
         self._is_stopping = False
         self._recover()
         self._thread = threading.Thread(target=self._run, name="csp-runner", daemon=True)
@@ -2331,6 +2412,10 @@ class Runner:
             self._is_woken = True
             self._condition.notify()
 
+    def pause(self) -> None:
+        """Claim no more jobs: the service is about to stop."""
+        self._is_paused = True
+
     def stop(self, grace_seconds: float) -> bool:
         """Claim no more jobs and wait for the running ones; return whether all have ended and are recorded.
 
@@ -2346,7 +2431,10 @@ class Runner:
             left = [(run, job) for run, job, _ in self._running.values()]
         for run, job in left:
             run.ended = True
-            self._leave(job, run)
+            try:
+                self._leave(job, run)
+            except Unavailable as error:
+                log.warning("job %s is found as running at the next start: %s", job.job_id, error.message)
         while self._unrecorded and time.monotonic() < deadline:
             time.sleep(0.1)
             self._record_again()
@@ -2356,16 +2444,13 @@ class Runner:
     def _leave(self, job: Job, run: Optional[JobRun], run_at: float = AFTER_STOP) -> None:
         """Queue a job that was running when the service stopped again, or end it if it may not run again."""
         job_type = self._registry.get(job.job_type)
-        try:
-            if job.cancelled:
-                self._store.mark_finished(job, failure(CANCELLED), run, self._due(job))
-            elif job.synchronous or (job_type is not None and job_type.at_most_once):
-                outcome = failure(STOPPED + " It is not of a kind that is run again.")
-                self._store.mark_finished(job, outcome, run, self._due(job))
-            else:
-                self._store.mark_queued(job, run_at, run, lambda: None)
-        except Unavailable as error:
-            log.warning("job %s is found as running at the next start: %s", job.job_id, error.message)
+        if job.cancelled:
+            self._store.mark_finished(job, failure(CANCELLED), run, self._due(job))
+        elif job.synchronous or (job_type is not None and job_type.at_most_once):
+            outcome = failure(STOPPED + " It is not of a kind that is run again.")
+            self._store.mark_finished(job, outcome, run, self._due(job))
+        else:
+            self._store.mark_queued(job, run_at, run, self.wake)
 
     def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Job, None, Iterator[bytes]]]:
         """Run a synchronous job in this thread; return how it ended, or a stream that ends the job when it ends.
@@ -2397,7 +2482,7 @@ class Runner:
             self.tell_to_stop(job)
             return
         current = self._store.get_job(job.job_id)
-        if current is None or current.state != QUEUED:
+        if current is None or current.status != PENDING:
             raise Conflict(f"job {job.job_id} has already finished")
         self.cancel(current)
 
@@ -2422,6 +2507,7 @@ class Runner:
                     return
                 self._is_woken = False
                 running, alone = self._queued_running, self._alone_until - time.monotonic()
+                running = self._workers if self._is_paused else running
             try:
                 timeout = self._turn(running, alone if running else 0.0)
             except Unavailable:
@@ -2433,18 +2519,27 @@ class Runner:
     def _turn(self, running: int, alone_seconds: float) -> Optional[float]:
         """Do what is to be done now; return in how many seconds there may be more, None if only a wake can tell."""
         waits: List[Optional[float]] = []
+        self._end_late_runs()
         if alone_seconds > 0:
             waits.append(alone_seconds)
         elif running < self._workers:
             now = time.time()
-            claim = self._store.claim_jobs(self._workers - running, now, is_idle=not running)
+            claim = self._store.claim_jobs(self._workers - running, now, self._is_calm)
             self._alone_until = time.monotonic() + ALONE_SECONDS if claim.is_suspect and claim.jobs else 0.0
             for job in claim.jobs:
                 self._start(job)
-            if claim.next_at is not None and claim.next_at > now:
+            if claim.is_suspect:
+                waits.append(ALONE_SECONDS if claim.jobs else 1.0)
+            elif claim.next_at is not None and claim.next_at > now:
                 waits.append(claim.next_at - now)
         waits += [self._end_late_runs(), self._write_progress(), self._record_again()]  # knows the runs just started
         return min((wait for wait in waits if wait is not None), default=None)
+
+    def _is_calm(self) -> bool:
+        """Whether all jobs have been running for so long that they are not what kills the process."""
+        since = time.monotonic() - ALONE_SECONDS
+        with self._condition:
+            return all(run.started < since for run, job, _ in self._running.values() if not job.synchronous)
 
     def _start(self, job: Job) -> None:
         """Hand a claimed job to the executor."""
@@ -2459,31 +2554,39 @@ class Runner:
         else:
             try:
                 self._executor.submit(self._work, job, job_type, run)
-            except RuntimeError as error:  # no more threads
-                self._requeue(job, time.time() + BACKOFF_SECONDS[0], run, f"It could not be started: {error}.")
+            except RuntimeError as error:  # no more threads, and yet it may be taken by one that there is
+                if run.take():
+                    self._requeue(job, time.time() + BACKOFF_SECONDS[0], run, f"It could not be started: {error}.")
 
     def _work(self, job: Job, job_type: JobType, run: JobRun) -> None:
+        if not run.take():
+            return
         outcome = call_function(job_type.function, run, job.read_input, streams=job_type.synchronous)
         if not isinstance(outcome, Outcome):
             stream = outcome
             outcome = call_function(lambda *_: _join_stream(stream()), run, dict, streams=False)
             assert isinstance(outcome, Outcome)
-        if outcome.may_retry and job.attempts <= job_type.retries and not run.cancelled.is_set():
+        if outcome.may_retry and job.failures < job_type.retries and not run.cancelled.is_set():
             self._retry(job, outcome, run)
         else:
             self._end(job, outcome, run)
 
     def _retry(self, job: Job, outcome: Outcome, run: JobRun) -> None:
-        delay = min(BACKOFF_SECONDS[0] * 2 ** min(job.attempts - 1, 20), BACKOFF_SECONDS[1]) * random.uniform(1.0, 1.5)
+        pause = min(BACKOFF_SECONDS[0] * 2 ** min(job.failures, 20), BACKOFF_SECONDS[1])
+        delay = pause * random.uniform(1.0, BACKOFF_JITTER)
         message = json.loads(outcome.error or "{}").get("message")
-        self._requeue(job, time.time() + delay, run,
+        self._requeue(job._replace(failures=job.failures + 1), time.time() + delay, run,
                       f"Attempt {job.attempts} failed ({message}); the next is in {delay:.1f} seconds.")
 
     def _requeue(self, job: Job, run_at: float, run: JobRun, message: str) -> None:
         run.add_message("WARNING", message)
         run.ended = True
-        self._record(functools.partial(self._store.mark_queued, job, run_at, run, self.wake))
-        self._forget(run)
+        try:
+            self._record(functools.partial(self._store.mark_queued, job, run_at, run, self.wake))
+        except Unavailable:
+            log.debug("that job %s runs again is kept until it can be stored", job.job_id)
+        finally:
+            self._forget(run)
 
     # -- runs
 
@@ -2504,8 +2607,9 @@ class Runner:
         run.end()
         with self._condition:
             self._to_stop.discard(run.seq)
-            entry = self._running.pop(run.seq, None)
-            if entry is not None:
+            entry = self._running.get(run.seq)
+            if entry is not None and entry[0] is run:
+                del self._running[run.seq]
                 self._queued_running -= not entry[1].synchronous
             self._is_woken = True
             self._condition.notify_all()
@@ -2522,19 +2626,24 @@ class Runner:
         If the disk cannot take it now, it is kept and recorded later, and Unavailable is raised.
         """
         run.ended = True
-        then = self._due(job)
         self._metrics.jobs.add((("job_type", job.job_type), ("status", outcome.status)),
                                time.monotonic() - run.started)
         try:
-            return self._store.mark_finished(job, outcome, run, then)
-        except ValueError as error:
-            return self._store.mark_finished(job, failure(str(error)), run, then)
-        except Unavailable:
-            with self._condition:
-                self._unrecorded.append(functools.partial(self._store.mark_finished, job, outcome, run, then))
-            raise
+            finished: Optional[Job] = self._record(functools.partial(self._record_outcome, job, outcome, run))
+            return finished
         finally:
             self._forget(run)
+
+    def _record_outcome(self, job: Job, outcome: Outcome, run: JobRun) -> Optional[Job]:
+        """Store the outcome; one that cannot be stored becomes an error that says why."""
+        try:
+            return self._store.mark_finished(job, outcome, run, self._due(job))
+        except Unavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - part of the job run, which has to end somehow
+            run.lines.clear()
+            return self._store.mark_finished(job, failure(_safe_text(error) or type(error).__name__), run,
+                                             self._due(job))
 
     def _end(self, job: Job, outcome: Outcome, run: JobRun) -> None:
         """Record the outcome of a queued job, now or later: nobody waits for it."""
@@ -2543,25 +2652,28 @@ class Runner:
         except Unavailable:
             log.debug("the outcome of job %s is kept until it can be stored", job.job_id)
 
-    def _record(self, write: Callable[[], Any]) -> bool:
-        """Make a write, or keep it for later if the disk cannot take it now."""
+    def _record(self, write: Callable[[], T]) -> T:
+        """Make a write; if the disk cannot take it now, keep it for later and raise Unavailable."""
         try:
-            write()
+            return write()
         except Unavailable:
             with self._condition:
                 self._unrecorded.append(write)
-            return False
-        return True
+            raise
 
     def _record_again(self) -> Optional[float]:
         """Try what the disk could not take before; return in how many seconds to try the rest."""
         with self._condition:
             writes, self._unrecorded = self._unrecorded, []
         for index, write in enumerate(writes):
-            if not self._record(write):
+            try:
+                self._record(write)
+            except Unavailable:
                 with self._condition:
                     self._unrecorded += writes[index + 1:]
                 return 1.0
+            except Exception:  # noqa: BLE001 - the worker loop: the other outcomes must not be lost with this one
+                log.exception("something that could not be stored before cannot be stored at all")
         return None
 
     def _end_late_runs(self) -> Optional[float]:
@@ -2569,10 +2681,11 @@ class Runner:
         now = time.monotonic()
         with self._condition:
             timed = [entry for entry in self._running.values() if entry[2] is not None and not entry[1].synchronous]
-        for run, job, deadline in timed:
-            if deadline is not None and deadline <= now:
-                run.cancelled.set()
-                self._end(job, self._timeout_outcome(job), run)
+        late = [(run, job) for run, job, deadline in timed if deadline is not None and deadline <= now]
+        for run, _ in late:  # all at once, however long it takes to write it down
+            run.cancelled.set()
+        for run, job in late:
+            self._end(job, self._timeout_outcome(job), run)
         return min((deadline - now for _, _, deadline in timed if deadline is not None and deadline > now),
                    default=None)
 
@@ -2614,9 +2727,14 @@ class Runner:
         """Call the function in this thread or, where it has a timeout, in one that can be left behind."""
         if job_type.timeout is None:
             return call_function(job_type.function, run, read_input, streams=True)
-        future = self._executor.submit(call_function, job_type.function, run, read_input, True)
+        def call() -> Union[Outcome, Callable[[], Iterable[Any]]]:
+            return call_function(job_type.function, run, read_input, True) if run.take() else failure(CANCELLED)
         try:
-            return future.result(job_type.timeout)
+            return self._executor.submit(call).result(job_type.timeout)
+        except RuntimeError as error:  # no more threads
+            if run.take():
+                return failure(f"It could not be started: {error}.")
+            raise
         except FutureTimeoutError:
             run.cancelled.set()
             return failure(f"The job took longer than its timeout of {job_type.timeout:g} seconds.")
@@ -2635,21 +2753,32 @@ class Runner:
             outcome = Outcome(ERROR, error=error_document(error))
             raise StreamBroken from error
         finally:
-            _current_run.reset(token)
-            self._finish(job, outcome, run)
+            try:
+                _current_run.reset(token)
+            except ValueError:  # closed by another thread, where it was never set
+                log.debug("the stream of job %s was closed by another thread", job.job_id)
+            finally:
+                self._finish(job, outcome, run)
 
     # -- after a crash
 
     def _recover(self) -> None:
         """Decide on the jobs that were running when the process before this one ended."""
         for job in self._store.list_running():
-            job_type = self._registry.get(job.job_type)
-            limit = max(MAX_ATTEMPTS, (job_type.retries if job_type else 0) + 1)
-            if job.attempts >= limit and not job.cancelled and not job.synchronous:
-                outcome = failure(f"{STOPPED} That was attempt {job.attempts} of {limit}, so it is not run again.")
-                self._store.mark_finished(job, outcome, None, self._due(job))
-            else:
-                self._leave(job, None, AFTER_CRASH)
+            try:
+                self._record(functools.partial(self._recover_job, job))
+            except Unavailable as error:
+                log.warning("job %s is taken up when the database can be written: %s", job.job_id, error.message)
+
+    def _recover_job(self, job: Job) -> None:
+        job_type = self._registry.get(job.job_type)
+        limit = max(MAX_ATTEMPTS, (job_type.retries if job_type else 0) + 1)
+        attempts = job.crashes + job.failures + 1  # without those that an orderly stop has ended
+        if attempts >= limit and not job.cancelled and not job.synchronous:
+            outcome = failure(f"{STOPPED} That was attempt {attempts} of {limit}, so it is not run again.")
+            self._store.mark_finished(job, outcome, None, self._due(job))
+        else:
+            self._leave(job._replace(crashes=job.crashes + 1), None, AFTER_CRASH)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4217,6 +4346,7 @@ class Service:
     def release(self) -> None:
         """End event streams and answer who waits for a job: the service is about to stop."""
         self._closing.set()
+        self.runner.pause()
         self.store.release()
 
     def close(self, grace_seconds: Optional[float] = None) -> bool:
@@ -5300,6 +5430,7 @@ class Server(ThreadingHTTPServer):
                              "choose another with --host or --port.") from None
         except OverflowError:
             raise StartError(f"The port {port} is not between 0 and 65535.") from None
+        _closed_in_children.add(self)
 
     def server_bind(self) -> None:
         """Bind, without the look-up of a name that the standard server makes (slow without DNS)."""
@@ -5336,9 +5467,15 @@ class Server(ThreadingHTTPServer):
         if is_full:
             self._refuse(request)
             return
-        self._accepted.put((request, client_address))
-        if not has_thread:
-            threading.Thread(target=self._serve_connections, name="csp-connection", daemon=True).start()
+        if has_thread:
+            self._accepted.put((request, client_address))
+            return
+        try:
+            threading.Thread(target=self._serve_connections, args=(request, client_address), name="csp-connection",
+                             daemon=True).start()
+        except RuntimeError:  # no more threads
+            self._uncount(address)
+            self._refuse(request)
 
     def _close_an_idle_one(self) -> bool:
         idle = [handler for handler in self._handlers if handler.is_idle]
@@ -5362,29 +5499,35 @@ class Server(ThreadingHTTPServer):
             pass
         self.shutdown_request(request)
 
-    def _serve_connections(self) -> None:
+    def _serve_connections(self, request: Any, client_address: Any) -> None:
+        """Serve a connection, and others as long as they come."""
         while True:
-            try:
-                request, client_address = self._accepted.get(timeout=SPARE_THREAD_SECONDS)
-            except queue.Empty:
-                with self._lock:
-                    if self._spare_threads > 0:  # else a connection is on its way to this thread
-                        self._spare_threads -= 1
-                        return
-                continue
             try:
                 self.process_request_thread(request, client_address)
             finally:
-                self._leave(client_address)
+                self._uncount(client_address[0], spare_threads=1)
+            while True:
+                try:
+                    request, client_address = self._accepted.get(timeout=SPARE_THREAD_SECONDS)
+                    break
+                except queue.Empty:
+                    with self._lock:
+                        if self._spare_threads > 0:  # else a connection is on its way to this thread
+                            self._spare_threads -= 1
+                            return
 
-    def _leave(self, client_address: Any) -> None:
+    def _uncount(self, address: str, spare_threads: int = 0) -> None:
         with self._lock:
             self._connections -= 1
-            self._spare_threads += 1
-            self._per_address[client_address[0]] -= 1
-            if not self._per_address[client_address[0]]:
-                del self._per_address[client_address[0]]
+            self._spare_threads += spare_threads
+            self._per_address[address] -= 1
+            if not self._per_address[address]:
+                del self._per_address[address]
             self._lock.notify_all()
+
+    def close_in_child(self) -> None:
+        """Close the listening socket in a child process that a job has forked."""
+        self.socket.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a handler did not expect; the connection is closed."""

@@ -2775,6 +2775,8 @@ def make_job(store, job_id, **fields):
         attempts=0,
         synchronous=0,
         cancelled=0,
+        crashes=0,
+        failures=0,
         callback_attempts=0,
     )
     values.update(fields)
@@ -2790,7 +2792,7 @@ def add_job(store, job_id, **fields):
 
 def claim(store, job):
     """Claim queued jobs until ``job`` is among them; return it as it is then."""
-    claimed = {claimed.seq: claimed for claimed in store.claim_jobs(10_000, time.time(), True).jobs}
+    claimed = {claimed.seq: claimed for claimed in store.claim_jobs(10_000, time.time(), lambda: True).jobs}
     return claimed[job.seq]
 
 
@@ -3306,7 +3308,7 @@ class TestStore:
         elif action == 4:
             self.batch(store, [make_job(store, job_id) for job_id in (job.job_id, f"{number}-a", f"{number}-a")])
         elif action == 5:
-            store.claim_jobs(chance.randrange(1, 4), time.time(), True)
+            store.claim_jobs(chance.randrange(1, 4), time.time(), lambda: True)
         elif action in (6, 7) and job.state in (csp.RUNNING, csp.QUEUED):
             status = "complete" if job.state == csp.RUNNING and action == 6 else "error"
             assert finish(store, job, status) and not finish(store, job, status)
@@ -3343,14 +3345,14 @@ class TestStore:
     def test_jobs_are_claimed_in_order_once_and_when_they_are_due(self, store):
         now = time.time()
         for job_id, run_at in (("c", 3.0), ("a", 1.0), ("b", 1.0), ("later", now + 60)):
-            add_job(store, job_id, run_at=run_at)
-        jobs, next_at, _ = store.claim_jobs(2, now, True)
+            add_job(store, job_id, run_at=run_at, attempts=int(job_id == "later"))
+        jobs, next_at, _ = store.claim_jobs(2, now, lambda: True)
         assert ([job.job_id for job in jobs], next_at) == (["a", "b"], 3.0)
-        jobs, next_at, _ = store.claim_jobs(2, now, True)
+        jobs, next_at, _ = store.claim_jobs(2, now, lambda: True)
         assert ([job.job_id for job in jobs], next_at) == (["c"], now + 60)
-        assert store.claim_jobs(2, now, True) == ([], now + 60, False)
+        assert store.claim_jobs(2, now, lambda: True) == ([], now + 60, False)
         assert [job.job_id for job in store.list_running()] == ["c", "a", "b"]
-        assert [job.job_id for job in store.claim_jobs(2, now + 61, True).jobs] == ["later"]
+        assert [job.job_id for job in store.claim_jobs(2, now + 61, lambda: True).jobs] == ["later"]
 
     def test_the_api_key_is_erased_when_it_is_not_needed_any_more(self, store, tmp_path):
         for job_id, result_url in (("with", "http://a/"), ("without", None)):
@@ -5615,12 +5617,12 @@ class TestRunner:
     @pytest.mark.parametrize(
         "change, type_options, message",
         [
-            ("attempts = 1", {}, None),
-            ("attempts = 2", {}, None),
-            ("attempts = 3", {}, "stopped"),
-            ("attempts = 3", {"retries": 4}, None),
-            ("attempts = 5", {"retries": 4}, "stopped"),
-            ("attempts = 1", {"at_most_once": True}, "stopped"),
+            ("attempts = 1, crashes = 0", {}, None),
+            ("attempts = 2, crashes = 1", {}, None),
+            ("attempts = 3, crashes = 2", {}, "stopped"),
+            ("attempts = 3, crashes = 2", {"retries": 4}, None),
+            ("attempts = 5, crashes = 4", {"retries": 4}, "stopped"),
+            ("attempts = 1, crashes = 0", {"at_most_once": True}, "stopped"),
             ("synchronous = 1", {}, "stopped"),
             ("cancelled = 1", {}, "cancelled"),
         ],
@@ -5676,7 +5678,9 @@ class TestRunner:
         for job in jobs:
             gate.wait_for(job)
         first.stop(0.0)
-        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2 WHERE job_id = ?", jobs[1]["job_id"])
+        rows_of(
+            first.path, "UPDATE jobs SET run_at = NULL, attempts = 2, crashes = 1 WHERE job_id = ?", jobs[1]["job_id"]
+        )
         second = start(gate.registry, WORKERS=4)
         eventually(lambda: second.client.show(jobs[1])["attempts"] == 3)
         assert [job.job_id for job in second.service.store.list_running()] == [jobs[1]["job_id"]]
@@ -5847,6 +5851,365 @@ class TestDiskTrouble:
         assert server.client.finish(before)["data"] == "before"
         text = eventually(lambda: "can be written again" in server.log.read_text() and server.log.read_text())
         assert text.count("cannot be written") == text.count("can be written again") == 1
+
+
+class TestTrouble:
+    """What must not be lost, repeated or held up when something goes wrong at a bad moment."""
+
+    @staticmethod
+    def ill(store, monkeypatch, *names):
+        """Let the named methods of the store say that the disk is ill, until the returned function is called."""
+        is_ill = [True]
+        for name in names:
+            method = getattr(store, name)
+
+            def fail(*arguments, method=method, **options):
+                if is_ill[0]:
+                    raise csp.Unavailable("The database cannot be written now.")
+                return method(*arguments, **options)
+
+            monkeypatch.setattr(store, name, fail)
+        return lambda: is_ill.__setitem__(0, False)
+
+    def test_what_was_running_is_taken_up_when_a_disk_that_was_ill_at_the_start_is_well_again(
+        self, start, gate, monkeypatch
+    ):
+        first = start(gate.registry)
+        job = first.client.submit("wait", "x")
+        gate.wait_for(job)
+        first.stop(0.0)
+        rows_of(first.path, "UPDATE jobs SET run_at = NULL")
+        is_ill = [True]
+        mark_queued = csp.Store.mark_queued
+
+        def fail(*arguments):
+            if is_ill[0]:
+                raise csp.Unavailable("The database cannot be written now.")
+            return mark_queued(*arguments)
+
+        monkeypatch.setattr(csp.Store, "mark_queued", fail)
+        second = start(gate.registry)
+        assert second.client.submit("quick", "y")["job_id"]
+        assert second.client.show(job)["status"] == "pending"
+        is_ill[0] = False
+        gate.open.set()
+        assert second.client.finish(job)["data"] == "x"
+
+    def test_outcomes_that_wait_for_the_disk_do_not_take_each_other_along(self, start, gate, monkeypatch):
+        running = start(gate.registry, WORKERS=4)
+        jobs = [running.client.submit("wait", number) for number in range(4)]
+        for job in jobs:
+            gate.wait_for(job)
+        well = self.ill(running.service.store, monkeypatch, "mark_finished")
+        gate.open.set()
+        runner = running.service.runner
+        eventually(lambda: len(runner._unrecorded) == 4 and not runner.running)
+        runner._unrecorded.insert(0, lambda: 1 / 0)
+        well()
+        assert [running.client.finish(job)["data"] for job in jobs] == [0, 1, 2, 3]
+
+    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("odd")], ids=["memory", "anything"])
+    def test_an_outcome_that_cannot_be_stored_is_an_error(self, start, monkeypatch, error):
+        running = start()
+        store = running.service.store
+        mark_finished, is_first = store.mark_finished, [True]
+
+        def fail(*arguments):
+            if is_first.pop() if is_first else False:
+                raise error
+            return mark_finished(*arguments)
+
+        monkeypatch.setattr(store, "mark_finished", fail)
+        job = running.client.finish(running.client.submit("async_echo", "x"))
+        assert job["status"] == "error" and job["error"]["message"] in ("MemoryError", "odd")
+        assert running.service.runner.running == 0
+
+    @pytest.mark.parametrize(
+        "field, value", [("lineno", 2**70), ("lineno", "x"), ("levelname", None), ("module", "\ud800")], ids=str
+    )
+    def test_a_log_record_of_any_shape_is_stored(self, start, field, value):
+        registry = csp.Registry()
+
+        @registry.asynchronous
+        def work(task_id, input):
+            record = logging.LogRecord("x", logging.INFO, "", 7, "a message", (), None)
+            setattr(record, field, value)
+            csp.StoringHandler(task_id, input).emit(record)
+            return "done"
+
+        client = start(registry).client
+        job = client.finish(client.submit("work"))
+        assert (job["data"], messages(job)) == ("done", ["a message"])
+
+    def test_lines_of_an_operation_that_fails_are_not_lost(self, store):
+        job = claim(store, add_job(store, "a"))
+        run = csp.JobRun(job.job_id, job.seq, 1, lambda run, must_wait: None, lambda: None)
+        run.add_message("INFO", "good")
+        run.lines.append(csp.LogLine("t", "bad", "INFO", "m", "f", 2**70))
+        with pytest.raises(ValueError):
+            store.add_run_output(run).wait()
+        assert [line.message for line in run.lines] == ["good", "bad"]
+
+    def test_a_callback_that_fails_in_an_odd_way_keeps_to_the_schedule(self, start, receiver, monkeypatch):
+        running = start()
+        render, attempts = csp.render_job, []
+
+        def odd(job, *arguments, **options):
+            if job.job_id == "odd" and not options.get("callback_error", True):
+                attempts.append(time.time())
+                raise MemoryError
+            return render(job, *arguments, **options)
+
+        monkeypatch.setattr(csp, "render_job", odd)
+        odd_job = running.client.submit("async_echo", "x", job_id="odd", result_url=receiver.url)
+        running.client.finish(odd_job)
+        eventually(lambda: running.client.show(odd_job)["callback"]["attempts"] >= 1)
+        for number in range(3):
+            running.client.submit("async_echo", str(number), result_url=receiver.url)
+        receiver.wait(3)
+        shown = running.client.show(odd_job)["callback"]
+        assert shown["error"].startswith("MemoryError") and len(attempts) <= shown["attempts"] + 1 < 6
+
+    def test_the_callbacks_thread_outlives_whatever_happens_to_it(self, start, receiver, monkeypatch):
+        running = start()
+        callbacks, store = running.service.callbacks, running.service.store
+        list_due, submit = store.list_due_callbacks, callbacks._pool.submit
+        troubles = [sqlite3.DatabaseError("malformed"), RuntimeError("can't start new thread")]
+
+        def failing_list(*arguments):
+            if len(troubles) == 2:
+                raise troubles.pop(0)
+            return list_due(*arguments)
+
+        def failing_submit(*arguments):
+            if len(troubles) == 1:
+                raise troubles.pop(0)
+            return submit(*arguments)
+
+        monkeypatch.setattr(store, "list_due_callbacks", failing_list)
+        monkeypatch.setattr(callbacks._pool, "submit", failing_submit)
+        running.client.submit("async_echo", "x", result_url=receiver.url)
+        receiver.wait(1)
+        assert troubles == [] and callbacks._thread.is_alive()
+
+    def test_a_delivered_callback_is_written_down_and_not_sent_again_while_the_disk_is_ill(
+        self, start, receiver, monkeypatch
+    ):
+        running = start()
+        refused = []
+        mark_callback = running.service.store.mark_callback
+
+        def fail(*arguments):
+            if len(refused) < 2:
+                refused.append(arguments)
+                raise csp.Unavailable("The database cannot be written now.")
+            return mark_callback(*arguments)
+
+        monkeypatch.setattr(running.service.store, "mark_callback", fail)
+        job = running.client.submit("async_echo", "x", result_url=receiver.url)
+        eventually(lambda: (running.client.show(job)["callback"] or {}).get("status") == "delivered")
+        assert len(receiver.received) == 1 and len(refused) == 2
+
+    def test_a_callback_made_due_anew_is_not_ended_by_the_attempt_under_way(self, start, receiver):
+        running, go = start(), threading.Event()
+
+        def answer(number):
+            if number == 0:
+                go.wait(PATIENCE_SECONDS)
+                return 410, {}
+            return 200, {}
+
+        receiver.answers = answer
+        job = running.client.submit("async_echo", "x", result_url=receiver.url)
+        receiver.wait(1)
+        sent = running.client.post(f"/job/{job['job_id']}/callback", {"api_key": "a-new-key"}, key=job["job_key"])
+        assert sent.json["callback"]["status"] == "pending"
+        go.set()
+        received = receiver.wait(2)
+        assert received[1][0]["Authorization"] == "a-new-key"
+        eventually(lambda: running.client.show(job)["callback"]["status"] == "delivered")
+
+    def test_a_job_that_could_not_be_started_runs_once(self, start, monkeypatch):
+        registry, ran = csp.Registry(), []
+        registry.asynchronous(at_most_once=True)(named_like("once", lambda task_id, input: ran.append(task_id)))
+        running = start(registry)
+        submit = running.service.runner._executor.submit
+        refused = []
+
+        def fail(*arguments):
+            future = submit(*arguments)
+            if not refused:
+                refused.append(future)
+                raise RuntimeError("can't start new thread")
+            return future
+
+        monkeypatch.setattr(running.service.runner._executor, "submit", fail)
+        job = running.client.finish(running.client.submit("once"))
+        refused[0].result(PATIENCE_SECONDS)
+        assert job["status"] == "complete" and ran == [job["job_id"]] and running.service.runner.running == 0
+
+    def test_a_connection_for_which_there_is_no_thread_holds_nobody_up(self, start, monkeypatch):
+        running = start()
+        begin, is_first = threading.Thread.start, [True]
+
+        def fail(thread):
+            if thread.name == "csp-connection" and is_first:
+                is_first.clear()
+                raise RuntimeError("can't start new thread")
+            begin(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        assert b"503" in raw_exchange(running.client.url, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n")
+        for _ in range(3):
+            assert running.client.get("/status").status == 200
+        eventually(lambda: running.server._connections == 0)
+
+    def test_a_suspect_waits_for_others_a_minute_and_not_for_ever(self, start, gate, monkeypatch):
+        first = start(gate.registry, WORKERS=4)
+        jobs = [first.client.submit("wait", number) for number in range(2)]
+        for job in jobs:
+            gate.wait_for(job)
+        first.stop(0.0)
+        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2, crashes = 1")
+        monkeypatch.setattr(csp, "ALONE_SECONDS", 0.5)
+        second = start(gate.registry, WORKERS=4)
+        quick = second.client.submit("quick", "x")
+        assert second.client.finish(quick)["data"] == "x"  # while both suspects run
+        assert [second.client.show(job)["attempts"] for job in jobs] == [3, 3]
+        gate.open.set()
+        assert [second.client.finish(job)["data"] for job in jobs] == [0, 1]
+
+    def test_nothing_is_begun_any_more_when_the_service_is_told_to_stop(self, start, gate):
+        running = start(gate.registry, WORKERS=1)
+        jobs = [running.client.submit("wait", number) for number in range(3)]
+        gate.wait_for(jobs[0])
+        running.service.release()
+        gate.open.set()
+        assert running.client.finish(jobs[0])["status"] == "complete"
+        running.stop(0.5)
+        assert rows_of(running.path, "SELECT attempts FROM jobs ORDER BY seq") == [(1,), (0,), (0,)]
+
+    def test_an_orderly_stop_is_no_crash_and_no_failure(self, start, gate):
+        registry, fails = csp.Registry(), []
+        wait = gate.registry.get("wait").function
+
+        def work(task_id, input):
+            if gate.open.is_set() and not fails:
+                fails.append(1)
+                raise ValueError("the first failure")
+            return wait(task_id, input)
+
+        registry.asynchronous(retries=1)(named_like("work", work))
+        running = start(registry)
+        job = running.client.submit("work", "x")
+        for _ in range(4):
+            gate.wait_for(job)
+            running.stop(0.0)
+            running = start(registry)
+        gate.wait_for(job)
+        running.stop(0.0)
+        rows_of(running.path, "UPDATE jobs SET run_at = NULL")  # and then one crash
+        gate.open.set()
+        ended = start(registry).client.finish(job)
+        assert (ended["status"], ended["data"], len(fails)) == ("complete", "x", 1)
+
+    def test_a_clock_that_is_set_back_makes_nobody_wait(self, start, receiver):
+        first = start()
+        job = first.client.submit("async_echo", "x")
+        first.client.finish(job)
+        first.stop()
+        ahead = time.time() + 3600
+        rows_of(
+            first.path, "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, attempts = 0, run_at = ?", ahead
+        )
+        second = start()
+        assert second.client.finish(job)["status"] == "complete"
+        second.stop()
+        rows_of(
+            first.path,
+            "UPDATE jobs SET result_url = ?, callback_host = ?, callback_status = 'pending', callback_at = ?",
+            receiver.url,
+            csp.callback_host(receiver.url),
+            time.time() + 10**6,
+        )
+        start()
+        receiver.wait(1)
+
+    def test_a_job_that_logs_at_the_root_does_not_stop_the_writer(self, start, tmp_path):
+        registry = csp.Registry()
+
+        @registry.asynchronous
+        def chatty(task_id, input):
+            logging.getLogger().addHandler(csp.StoringHandler(task_id, input))
+            for number in range(3 * csp.MAX_UNWRITTEN_LINES):
+                logging.getLogger("chatty").warning("line %d", number)
+            return "done"
+
+        running = start(registry)
+        job = running.client.submit("chatty")
+        with locked_by_another_process(running.path):
+            eventually(lambda: running.service.store._trouble or running.client.show(job)["status"] != "pending")
+        assert running.client.finish(job)["data"] == "done"
+
+    def test_the_lock_dies_with_the_process_though_a_job_has_forked(self, launch, tmp_path):
+        source = """
+            import os, time
+            import csp.job as job
+
+            @job.synchronous
+            def fork(task_id, input):
+                child = os.fork()
+                if not child:
+                    time.sleep(60)
+                    os._exit(0)
+                return child
+            """
+        process = launch(source)
+        child = process.client.submit("fork")["data"]
+        try:
+            process.kill()
+            assert launch(source).client.get("/status").status == 200
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+    def test_a_timeout_is_kept_while_the_disk_is_ill(self, start, monkeypatch):
+        registry, stopped = csp.Registry(), threading.Event()
+
+        def work(task_id, input):
+            while True:
+                try:
+                    csp.util.check_cancelled(task_id)
+                except csp.JobCancelled:
+                    stopped.set()
+                    raise
+                threading.Event().wait(0.01)
+
+        registry.asynchronous(timeout=0.2)(named_like("work", work))
+        running = start(registry)
+        job = running.client.submit("work")
+        eventually(lambda: running.service.runner.running == 1)
+        well = self.ill(running.service.store, monkeypatch, "mark_finished", "claim_jobs", "mark_queued")
+        assert stopped.wait(PATIENCE_SECONDS)
+        well()
+        assert "timeout" in running.client.finish(job)["error"]["message"]
+
+    def test_reading_after_the_end_is_refused_and_does_not_hang(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(csp, "BUSY_SECONDS", 0.1)
+        store = csp.Store(str(tmp_path / "jobs.db"))
+        store.close()
+        with pytest.raises(csp.Unavailable):
+            store.get_job("a")
+
+    def test_a_stream_that_another_thread_closes_ends_its_job(self, start):
+        registry = csp.Registry()
+        registry.synchronous(named_like("stream", lambda task_id, input: lambda: iter(["a", "b", "c"])))
+        running = start(registry)
+        body = json.dumps({"job_type": "stream", "api_key": "k"}).encode()
+        response = running.service.handle(csp.Request("POST", "/job/it", {"content-type": "application/json"}, body))
+        closing = threading.Thread(target=response.body.close)
+        closing.start()
+        closing.join()
+        assert running.client.get("/job/it", key=ADMIN).json["status"] == "error"
 
 
 DOCUMENTED_MODULE = """
@@ -8605,7 +8968,7 @@ class TestSchema:
                 finish(store, job, "complete" if number % 5 == 3 else "error")
             elif number % 5 == 1:
                 with contextlib.suppress(KeyError):
-                    store.mark_queued(claim(store, job), 1e10, None, lambda: None)
+                    store.mark_queued(claim(store, job), time.time() + 300, None, lambda: None)
             else:
                 self.put_off(store, job, number)
         return store
@@ -8614,7 +8977,7 @@ class TestSchema:
     def put_off(store, job, number):
         """Let nothing claim the job by the way, if it is to stay queued."""
         if number % 5 == 0:
-            store.mark_queued(claim(store, job), 1e10 - number, None, lambda: None)
+            store.mark_queued(claim(store, job), time.time() + 300 - number, None, lambda: None)
 
     @pytest.mark.parametrize("wanted, matches", LISTS, ids=[str(wanted) for wanted, _ in LISTS])
     def test_lists_come_newest_first_and_in_pages(self, thirty, wanted, matches):
