@@ -1539,15 +1539,7 @@ class Store:
     def add_job(self, job: Job, then: Callable[[], None]) -> Write:
         """Store a new job without waiting; ``then`` is called after the commit. The Write raises Conflict: id taken."""
         def operation(transaction: Transaction) -> None:
-            try:
-                transaction.execute(_INSERT_JOB, job)
-            except sqlite3.IntegrityError:
-                raise Conflict(f"job_id {job.job_id} already exists") from None
-            if job.metadata is not None:
-                transaction.executemany("INSERT INTO metadata (job_id, key, value, type, seq) VALUES (?, ?, ?, ?, ?)",
-                                        _metadata_rows(job))
-            transaction.count(job.job_type, job.status, 1)
-            transaction.touched.add(job.job_id)
+            _insert_job(transaction, job)
             transaction.on_commit.append(then)
         return self._enqueue(operation)
 
@@ -1580,10 +1572,11 @@ class Store:
         return self._write(operation)
 
     def mark_finished(self, job: Job, outcome: Outcome, run: Optional[JobRun], then: Callable[[], None],
-                      ) -> Optional[Job]:
+                      is_new: bool = False) -> Optional[Job]:
         """End the job, with its log and its callback due, if it is still in the state (and attempt) of ``job``.
 
         Return the finished job; or None, with nothing changed: it was cancelled, deleted or timed out, or runs again.
+        ``is_new``: it has not been stored before.
         """
         check_transition(job.state, outcome.status)
         now = time.time()
@@ -1595,7 +1588,9 @@ class Store:
             api_key=job.api_key if has_callback else None)
 
         def operation(transaction: Transaction) -> Optional[Job]:
-            if not transaction.execute(_FINISH_JOB[job.state], (
+            if is_new:
+                _insert_job(transaction, finished, PENDING)
+            elif not transaction.execute(_FINISH_JOB[job.state], (
                     finished.status, finished.data, finished.error, finished.finished_timestamp, finished.progress,
                     finished.callback_status, finished.callback_at, finished.api_key, job.seq, job.attempts)).rowcount:
                 return None
@@ -1723,6 +1718,19 @@ class Store:
         """End the login."""
         self._write(lambda transaction: transaction.execute(
             "DELETE FROM sessions WHERE token_hash = ?", (token_hash,)).rowcount)
+
+
+def _insert_job(transaction: Transaction, job: Job, counted_as: str = "") -> None:
+    """Insert the job with its metadata; raise Conflict if its id is taken."""
+    try:
+        transaction.execute(_INSERT_JOB, job)
+    except sqlite3.IntegrityError:
+        raise Conflict(f"job_id {job.job_id} already exists") from None
+    if job.metadata is not None:
+        transaction.executemany("INSERT INTO metadata (job_id, key, value, type, seq) VALUES (?, ?, ?, ?, ?)",
+                                _metadata_rows(job))
+    transaction.count(job.job_type, counted_as or job.status, 1)
+    transaction.touched.add(job.job_id)
 
 
 def _metadata_rows(job: Job) -> List[Tuple[str, str, str, str, int]]:
@@ -2290,6 +2298,8 @@ class CallbackSender:
 
 ABANDONED_THREADS = 1000  # functions past their timeout cannot be stopped in a thread: so many may linger
 MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
+HOLD_TURNS = 50  # of so many seconds without one before the thread that looks after them sleeps
+HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it ends, too
 PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
 ALONE_SECONDS = 60.0  # how long a suspect runs alone: whoever kills the process must not take the others along again
 STOPPED = "The service stopped while the job was running."
@@ -2394,12 +2404,16 @@ class Runner:
         self._alone_until = 0.0  # monotonic seconds
         self._to_stop: Set[int] = set()  # told to stop between being claimed and being begun
         self._unrecorded: List[Callable[[], Any]] = []  # what the disk could not take, to be called again
+        self._held: Dict[int, Tuple[Job, JobRun]] = {}  # synchronous jobs of which nothing is stored yet, by seq
+        self._held_lock = threading.Lock()  # taken to put them into the store's queue in the right order
+        self._has_held = threading.Event()
         self._is_woken = True
         self._is_paused = False
         self._is_stopping = False
         self._recover()
         self._thread = threading.Thread(target=self._run, name="csp-runner", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._store_held_jobs, name="csp-holder", daemon=True).start()
 
     @property
     def running(self) -> int:
@@ -2424,6 +2438,7 @@ class Runner:
         with self._condition:
             self._is_stopping = True
             self._condition.notify_all()
+        self._has_held.set()
         self._thread.join()
         deadline = time.monotonic() + grace_seconds
         with self._condition:
@@ -2431,6 +2446,7 @@ class Runner:
             left = [(run, job) for run, job, _ in self._running.values()]
         for run, job in left:
             run.ended = True
+            self._store_held(job.seq)
             try:
                 self._leave(job, run)
             except Unavailable as error:
@@ -2456,23 +2472,54 @@ class Runner:
         """Run a synchronous job in this thread; return how it ended, or a stream that ends the job when it ends.
 
         None stands for a job that was deleted meanwhile. ``is_new_id``: this service made the id, so that nobody can
-        have taken it, and the pending row's commit need not be waited for: it is durable with or before the outcome.
+        have taken it, and one commit will do: if the job ends soon, its row is stored when it has ended, not before.
         """
         job_type = self._registry.get(job.job_type)
         assert job_type is not None, "a submission has been checked"
-        added = self._store.add_job(job, lambda: None)
         if not is_new_id:
-            added.wait()
+            self._store.add_job(job, lambda: None).wait()
         run = self._begin(job, job_type.timeout)
+        if is_new_id:
+            self._held[job.seq] = job, run
+            if not self._has_held.is_set():
+                self._has_held.set()
         try:
             outcome = self._call(job_type, run, job.read_input)
-            added.wait()
+            if callable(outcome):
+                self._store_held(job.seq, must_wait=True)
         except BaseException:
+            self._held.pop(job.seq, None)
             self._forget(run)
             raise
         if callable(outcome):
             return run, self._stream(job, run, outcome)
         return run, self._finish(job, outcome, run)
+
+    def _store_held(self, seq: int, must_wait: bool = False) -> None:
+        """Store the job as pending if it is still held."""
+        with self._held_lock:
+            job, run = self._held.pop(seq, (None, None))
+            write = self._store.add_job(job, lambda: None) if job is not None else None
+            if run is not None and run.lines:
+                self._store.add_run_output(run)
+        if write is not None and must_wait:
+            write.wait()
+
+    def _store_held_jobs(self) -> None:
+        """Store held jobs after HOLD_SECONDS: others want to see what runs. Sleeps while there have been none."""
+        pause = threading.Event()
+        quiet_turns = 0
+        while not self._is_stopping:
+            if quiet_turns > HOLD_TURNS:
+                self._has_held.clear()
+                quiet_turns = 0 if self._held else quiet_turns
+                self._has_held.wait(0.0 if self._held else None)
+            pause.wait(HOLD_SECONDS)
+            quiet_turns = 0 if self._held else quiet_turns + 1
+            late = time.monotonic() - HOLD_SECONDS
+            for seq in [seq for seq, (_, run) in list(self._held.items()) if run.started < late]:
+                with suppress(Unavailable):  # the next turn, or its end, tries again
+                    self._store_held(seq)
 
     def cancel(self, job: Job) -> None:
         """Cancel the job: a queued one ends as an error, a running one is told to stop; raise Conflict if finished."""
@@ -2611,8 +2658,9 @@ class Runner:
             if entry is not None and entry[0] is run:
                 del self._running[run.seq]
                 self._queued_running -= not entry[1].synchronous
-            self._is_woken = True
-            self._condition.notify_all()
+            if entry is None or not entry[1].synchronous or self._is_stopping:
+                self._is_woken = True
+                self._condition.notify_all()
 
     def _due(self, job: Job) -> Callable[[], None]:
         """Return what to call when the job's end is durable."""
@@ -2628,22 +2676,23 @@ class Runner:
         run.ended = True
         self._metrics.jobs.add((("job_type", job.job_type), ("status", outcome.status)),
                                time.monotonic() - run.started)
+        with self._held_lock:
+            is_new = self._held.pop(job.seq, None) is not None
         try:
-            finished: Optional[Job] = self._record(functools.partial(self._record_outcome, job, outcome, run))
-            return finished
+            return self._record(functools.partial(self._record_outcome, job, outcome, run, is_new))
         finally:
             self._forget(run)
 
-    def _record_outcome(self, job: Job, outcome: Outcome, run: JobRun) -> Optional[Job]:
+    def _record_outcome(self, job: Job, outcome: Outcome, run: JobRun, is_new: bool) -> Optional[Job]:
         """Store the outcome; one that cannot be stored becomes an error that says why."""
         try:
-            return self._store.mark_finished(job, outcome, run, self._due(job))
+            return self._store.mark_finished(job, outcome, run, self._due(job), is_new)
         except Unavailable:
             raise
         except Exception as error:  # noqa: BLE001 - part of the job run, which has to end somehow
             run.lines.clear()
             return self._store.mark_finished(job, failure(_safe_text(error) or type(error).__name__), run,
-                                             self._due(job))
+                                             self._due(job), is_new)
 
     def _end(self, job: Job, outcome: Outcome, run: JobRun) -> None:
         """Record the outcome of a queued job, now or later: nobody waits for it."""
@@ -2703,12 +2752,16 @@ class Runner:
             wait = run.progress_written + PROGRESS_SECONDS - now
             if wait > 0:
                 waits.append(wait)
-            else:
+            elif run.seq not in self._held:
                 self._store.add_run_output(run)
         return min(waits, default=None)
 
     def _write_output(self, run: JobRun, must_wait: bool) -> None:
         """Send a run's log to the store; a job that is far ahead of the disk waits, also while the disk is ill."""
+        if run.seq in self._held:
+            if not must_wait:
+                return  # it goes with the job
+            self._store_held(run.seq)
         while True:
             try:
                 write = self._store.add_run_output(run)
