@@ -261,6 +261,7 @@ _JSON_STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # in a text without escapes
 _TOO_DEEP = re.compile(rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1))  # seen at once; the rest takes a pass for each level
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_quote = json.encoder.encode_basestring  # a string as JSON text, many times faster than an encoder
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
 
 
@@ -270,6 +271,11 @@ def to_json(value: Any) -> str:
     if not text.isascii():
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return text
+
+
+def text_to_json(text: Optional[str]) -> str:
+    """Return the JSON text of a string that UTF-8 can carry, or of None."""
+    return "null" if text is None else _quote(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -322,7 +328,12 @@ def from_json(body: bytes) -> Any:
 def timestamp(instant: float) -> str:
     """Return the instant (epoch seconds) as naive local time, ``%Y-%m-%dT%H:%M:%S.%f`` (always six digits)."""
     whole, micros = divmod(round(instant * 1_000_000), 1_000_000)
-    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.localtime(whole))}.{micros:06d}"
+    return f"{_local_second(whole, time.tzname)}.{micros:06d}"
+
+
+@functools.lru_cache(maxsize=16)
+def _local_second(whole: int, zone: Tuple[str, str]) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(whole))
 
 
 def epoch_seconds(text: str) -> float:
@@ -787,18 +798,20 @@ def render_job(job: Job, logs: Iterable[LogLine], job_key: bool = False, callbac
     if error is None and callback_error and job.callback_attempts and job.callback_status in ("pending", "failed"):
         error = POST_FAILED
     sent_data = job.sent_data if job.sent_data not in (None, "null") else "{}"
-    texts = {
-        "job_id": to_json(job.job_id), "job_type": to_json(job.job_type), "status": to_json(job.status),
-        "sent_data": sent_data, "data": _result_text(job.data), "error": error or "null",
-        "metadata": job.metadata or "{}", "logs": to_json([line._asdict() for line in logs]),
-        "result_url": to_json(job.result_url), "requested_timestamp": to_json(job.requested_timestamp),
-        "started_timestamp": to_json(job.started_timestamp), "finished_timestamp": to_json(job.finished_timestamp),
-        "progress": job.progress or "null", "attempts": str(job.attempts),
-        "callback": to_json(_callback_document(job)), "resubmitted_from": to_json(job.resubmitted_from),
-    }
-    if job_key:
-        texts["job_key"] = to_json(job.job_key)
-    return ("{" + ", ".join(f'"{name}": {text}' for name, text in texts.items()) + "}").encode("utf-8")
+    lines = [line._asdict() for line in logs]
+    text = (
+        f'{{"job_id": {_quote(job.job_id)}, "job_type": {_quote(job.job_type)}, "status": {_quote(job.status)}, '
+        f'"sent_data": {sent_data}, "data": {_result_text(job.data)}, "error": {error or "null"}, '
+        f'"metadata": {job.metadata or "{}"}, "logs": {to_json(lines) if lines else "[]"}, '
+        f'"result_url": {text_to_json(job.result_url)}, '
+        f'"requested_timestamp": {text_to_json(job.requested_timestamp)}, '
+        f'"started_timestamp": {text_to_json(job.started_timestamp)}, '
+        f'"finished_timestamp": {text_to_json(job.finished_timestamp)}, "progress": {job.progress or "null"}, '
+        f'"attempts": {job.attempts}, '
+        f'"callback": {to_json(_callback_document(job)) if job.callback_status else "null"}, '
+        f'"resubmitted_from": {text_to_json(job.resubmitted_from)}'
+        + (f', "job_key": {text_to_json(job.job_key)}}}' if job_key else "}"))
+    return text.encode("utf-8")
 
 
 class JobType(NamedTuple):
@@ -1112,6 +1125,8 @@ _OLD_TABLES = {0: ("logs", "metadata", "jobs"), 1: ("logs", "metadata", "jobs", 
 _JOB_COLUMNS = ", ".join(Job._fields)
 _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "status = 'pending' AND run_at IS NULL"}
 _INSERT_JOB = f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
+_INSERT_ROWS = (32, 8, 4, 2, 1)  # 32 rows have fewer values than SQLite's oldest limit of 999
+_INSERT_JOBS = {count: _INSERT_JOB + f", ({', '.join('?' * len(Job._fields))})" * (count - 1) for count in _INSERT_ROWS}
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
 _SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
 _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
@@ -1129,16 +1144,43 @@ def sqlite_version() -> str:
 
 
 class Transaction:
-    """What a write operation is given: the connection's ``execute``, counters, and what to do when it is over."""
+    """What a write operation is given: a way to execute statements, counters, and what to do when it is over."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.execute = connection.execute
-        self.executemany = connection.executemany
+    def __init__(self, connection: sqlite3.Connection, is_alone: bool) -> None:
+        self._connection = connection
+        self.is_alone = is_alone  # one operation: what it cannot store is its own mistake
         self.counts: Dict[Tuple[str, str], int] = {}
         self.hours: Dict[Tuple[int, str], int] = {}
         self.on_commit: List[Callable[[], None]] = []
         self.on_rollback: List[Callable[[], None]] = []
         self.touched: Set[str] = set()
+        self._jobs: List[Job] = []  # to be inserted with the next statement at the latest
+        self.inserted = 0  # how many of them have been
+
+    def execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Execute a statement."""
+        if self._jobs:
+            self.insert_jobs()
+        return self._connection.execute(statement, values)
+
+    def executemany(self, statement: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Execute a statement for each row."""
+        if self._jobs:
+            self.insert_jobs()
+        self._connection.executemany(statement, rows)
+
+    def insert_soon(self, job: Job) -> None:
+        """Insert the row of a job whose id nobody else can have, together with others."""
+        self._jobs.append(job)
+
+    def insert_jobs(self) -> None:
+        """Insert what is to be inserted soon: each statement hands the interpreter's lock over, whatever its rows."""
+        jobs, self._jobs = self._jobs, []
+        for count in _INSERT_ROWS:
+            while len(jobs) >= count:
+                self._connection.execute(_INSERT_JOBS[count], list(itertools.chain.from_iterable(jobs[:count])))
+                self.inserted += count
+                del jobs[:count]
 
     def count(self, job_type: str, status: str, change: int) -> None:
         """Note that there are ``change`` more jobs of that type and status."""
@@ -1304,11 +1346,12 @@ class Store:
 
     def _run_transaction(self, batch: List[Write]) -> Transaction:
         with _borrowed(self._writers) as connection:
-            transaction = Transaction(connection)
+            transaction = Transaction(connection, len(batch) == 1)
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 for write in batch:
-                    self._run_operation(connection, transaction, write, alone=len(batch) == 1)
+                    self._run_operation(connection, transaction, write)
+                self._insert_jobs(transaction)
                 transaction.executemany("""INSERT INTO counts VALUES (?, ?, ?)
                     ON CONFLICT (job_type, status) DO UPDATE SET jobs = jobs + excluded.jobs""",
                     [(*key, change) for key, change in transaction.counts.items() if change])
@@ -1325,23 +1368,34 @@ class Store:
             return transaction
 
     @staticmethod
-    def _run_operation(connection: sqlite3.Connection, transaction: Transaction, write: Write, alone: bool) -> None:
+    def _insert_jobs(transaction: Transaction) -> None:
+        """Insert the batch's new jobs; what cannot be stored is its own caller's mistake, as in _run_operation."""
+        try:
+            transaction.insert_jobs()
+        except (sqlite3.Error, OverflowError, UnicodeError) as error:
+            if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError):
+                raise
+            raise _Spoiled from error
+
+    @staticmethod
+    def _run_operation(connection: sqlite3.Connection, transaction: Transaction, write: Write) -> None:
         """Run one operation. Its own mistake is its caller's alone; the disk's is everybody's, and raised."""
-        before, undone = connection.total_changes, len(transaction.on_rollback)
+        before, undone = connection.total_changes - transaction.inserted, len(transaction.on_rollback)
         write.error = None
         try:
             write.result = write.operation(transaction)
         except Exception as error:  # noqa: BLE001 - the worker loop: the other callers wait, whatever it is
             if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError):
                 raise
-            if connection.total_changes != before and not alone:
+            is_changed = connection.total_changes - transaction.inserted != before
+            if is_changed and not transaction.is_alone:
                 raise _Spoiled from error
             for undo in reversed(transaction.on_rollback[undone:]):
                 undo()
             del transaction.on_rollback[undone:]
             is_value = isinstance(error, (sqlite3.Error, OverflowError, UnicodeError))
             write.error = ValueError(f"It cannot be stored: {error}") if is_value else error
-            if connection.total_changes != before:
+            if is_changed:
                 connection.execute("ROLLBACK")
                 connection.execute("BEGIN IMMEDIATE")
 
@@ -1536,10 +1590,13 @@ class Store:
         seq: int = next(self._next_seq)
         return seq
 
-    def add_job(self, job: Job, then: Callable[[], None]) -> Write:
-        """Store a new job without waiting; ``then`` is called after the commit. The Write raises Conflict: id taken."""
+    def add_job(self, job: Job, then: Callable[[], None], is_new_id: bool = False) -> Write:
+        """Store a new job without waiting; ``then`` is called after the commit. The Write raises Conflict: id taken.
+
+        ``is_new_id``: the service has made the id, so that it cannot be taken.
+        """
         def operation(transaction: Transaction) -> None:
-            _insert_job(transaction, job)
+            _insert_job(transaction, job, is_new_id)
             transaction.on_commit.append(then)
         return self._enqueue(operation)
 
@@ -1589,7 +1646,7 @@ class Store:
 
         def operation(transaction: Transaction) -> Optional[Job]:
             if is_new:
-                _insert_job(transaction, finished, PENDING)
+                _insert_job(transaction, finished, is_new_id=True, counted_as=PENDING)
             elif not transaction.execute(_FINISH_JOB[job.state], (
                     finished.status, finished.data, finished.error, finished.finished_timestamp, finished.progress,
                     finished.callback_status, finished.callback_at, finished.api_key, job.seq, job.attempts)).rowcount:
@@ -1720,12 +1777,15 @@ class Store:
             "DELETE FROM sessions WHERE token_hash = ?", (token_hash,)).rowcount)
 
 
-def _insert_job(transaction: Transaction, job: Job, counted_as: str = "") -> None:
+def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as: str = "") -> None:
     """Insert the job with its metadata; raise Conflict if its id is taken."""
-    try:
-        transaction.execute(_INSERT_JOB, job)
-    except sqlite3.IntegrityError:
-        raise Conflict(f"job_id {job.job_id} already exists") from None
+    if is_new_id and not transaction.is_alone:
+        transaction.insert_soon(job)
+    else:
+        try:
+            transaction.execute(_INSERT_JOB, job)
+        except sqlite3.IntegrityError:
+            raise Conflict(f"job_id {job.job_id} already exists") from None
     if job.metadata is not None:
         transaction.executemany("INSERT INTO metadata (job_id, key, value, type, seq) VALUES (?, ?, ?, ?, ?)",
                                 _metadata_rows(job))
@@ -2499,7 +2559,7 @@ class Runner:
         """Store the job as pending if it is still held."""
         with self._held_lock:
             job, run = self._held.pop(seq, (None, None))
-            write = self._store.add_job(job, lambda: None) if job is not None else None
+            write = self._store.add_job(job, lambda: None, is_new_id=True) if job is not None else None
             if run is not None and run.lines:
                 self._store.add_run_output(run)
         if write is not None and must_wait:
@@ -4290,6 +4350,9 @@ SUBMIT_KEYS = frozenset(("job_type", "api_key", "data", "result_url", "metadata"
 _BAD_ID = re.compile(r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
+_STATUS_LABELS = {status: ("status", str(status)) for status in map(int, http.HTTPStatus)}
+
+
 class Submission(NamedTuple):
     """A submitted body, checked; ``data`` and ``metadata`` are JSON texts, None where not given."""
 
@@ -4416,7 +4479,7 @@ class Service:
         route, response = self._answer(request)
         labels = (("method", route.method), ("route", route.path)) if route else (("method", ""), ("route", ""))
         self.metrics.requests.add(labels, time.perf_counter() - started)
-        self.metrics.responses.add((*labels, ("status", str(response.status))))
+        self.metrics.responses.add((*labels, _STATUS_LABELS[response.status]))
         if self.settings["CORS_ORIGINS"]:
             response.headers += self._cors_headers(request)
         return response
@@ -4576,7 +4639,7 @@ class Service:
         job = self._new_job(submission, job_id, origin, submission.job_type.synchronous and not applied)
         if job.synchronous:
             return self._run_now(job, is_new_id=job_id is None)
-        self.store.add_job(job, self.runner.wake).wait()
+        self.store.add_job(job, self.runner.wake, job_id is None).wait()
         if wait:
             return self._answer_with(job, wait, applied)
         return Response(200, render_job(job, (), job_key=True), headers=applied)
@@ -5061,6 +5124,7 @@ MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size and extensions
 LINGER_SECONDS = 1.0  # after a refusal: read on for so long, or the client's system may drop the answer unread,
 LINGER_BYTES = 2**20  # and not more than what may be on its way already
 BACKLOG = 1024  # connections that a burst may open before the first is accepted
+ACCESS_LOG_SECONDS = 0.2  # between writes of what has been requested
 SPARE_THREAD_SECONDS = 5.0  # how long a connection thread waits for another connection
 RECEIVE_BYTES = 65_536
 
@@ -5437,15 +5501,61 @@ class RequestHandler(socketserver.BaseRequestHandler):
             left -= received or left
 
     def _log_access(self, status: int, sent: int, started: float, address: Optional[str] = None) -> None:
-        """Log in Common Log Format, without the query: it may hold what is nobody's business."""
-        if not access_log.isEnabledFor(logging.INFO):
-            return
         head = self._head
-        path = head.target.partition("?")[0].replace('"', "%22") if head else ""
-        line = f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}" if head else "-"
-        access_log.info('%s - - [%s] "%s" %d %d %.1fms', address or self.client_address[0],
-                        time.strftime("%d/%b/%Y:%H:%M:%S %z"), line, status, sent,
-                        (time.monotonic() - started) * 1000 if started else 0.0)
+        request = (head.method, head.target, 0 if head.is_http_1_0 else 1) if head else None
+        self.server.access.add(address or self.client_address[0], request, status, sent,
+                               (time.monotonic() - started) * 1000 if started else 0.0)
+
+
+class AccessLog:
+    """Logs requests in Common Log Format, a few times a second: a write for each would cost more than its answer.
+
+    Any thread may call its methods. The query is left out: it may hold what is nobody's business.
+    """
+
+    def __init__(self) -> None:
+        self._entries: Deque[Tuple[Any, ...]] = deque()
+        self._is_wanted = threading.Event()
+        self._has_thread = False
+
+    def add(self, *entry: Any) -> None:
+        """Note a request: address, (method, target, minor version) or None, status, bytes sent, milliseconds."""
+        if access_log.isEnabledFor(logging.INFO):
+            self._entries.append((time.time(), *entry))
+            if not self._is_wanted.is_set():
+                self._is_wanted.set()
+                if not self._has_thread:
+                    self._has_thread = True
+                    threading.Thread(target=self._run, name="csp-access", daemon=True).start()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while self._is_wanted.wait():
+            pause.wait(ACCESS_LOG_SECONDS)
+            self._is_wanted.clear()
+            self.flush()
+
+    def flush(self) -> None:
+        """Log what has been noted."""
+        lines = [self._line(*self._entries.popleft()) for _ in range(len(self._entries))]
+        if lines:
+            access_log.info("%s", "\n".join(lines))
+
+    @staticmethod
+    def _line(when: float, address: str, request: Optional[Tuple[str, str, int]], status: int, sent: int,
+              milliseconds: float) -> str:
+        words = "-"
+        if request is not None:
+            method, target, minor = request
+            path = target.partition("?")[0].replace('"', "%22")
+            words = f"{method} {path} HTTP/1.{minor}"
+        line = f'{address} - - [{_log_date(int(when))}] "{words}" {status} {sent} {milliseconds:.1f}ms'
+        return line if line.isascii() and line.isprintable() else line.encode("unicode_escape").decode("ascii")
+
+
+@functools.lru_cache(maxsize=4)
+def _log_date(second: int) -> str:
+    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
 class Server(ThreadingHTTPServer):
@@ -5463,6 +5573,7 @@ class Server(ThreadingHTTPServer):
         self.service = service
         self.trust = ProxyTrust(service.settings["TRUSTED_PROXIES"])
         self.is_stopping = False
+        self.access = AccessLog()
         self.limits = Limits.of(service.settings)
         self._max_connections: int = service.settings["MAX_CONNECTIONS"]
         self._max_per_address: int = service.settings["MAX_CONNECTIONS_PER_ADDRESS"]
@@ -5596,6 +5707,7 @@ class Server(ThreadingHTTPServer):
             for handler in self._handlers:
                 handler.close_if_idle()
             self._lock.wait_for(lambda: self._connections == 0, timeout_seconds)
+        self.access.flush()
 
     def server_close(self) -> None:
         """Close the listening socket; connections end by themselves."""
@@ -5654,13 +5766,13 @@ class Wsgi:
 
 
 class _LogFormatter(logging.Formatter):
-    """One line per record, whatever was logged; an access line stands as it is."""
+    """One line per record, whatever was logged; access lines stand as they are."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's line, and its traceback below it."""
-        message = record.getMessage().encode("unicode_escape").decode("ascii")
         if record.name == access_log.name:
-            return message
+            return record.getMessage()
+        message = record.getMessage().encode("unicode_escape").decode("ascii")
         line = f"{self.formatTime(record)} {record.levelname} {record.name}: {message}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
