@@ -1143,6 +1143,13 @@ def sqlite_version() -> str:
     return sqlite3.sqlite_version
 
 
+class _Spoiled(Exception):
+    """An operation failed after it had changed something: the batch must be undone and run one by one."""
+
+
+_DISK_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)  # these, and no subclasses
+
+
 class Transaction:
     """What a write operation is given: a way to execute statements, counters, and what to do when it is over."""
 
@@ -1174,11 +1181,19 @@ class Transaction:
         self._jobs.append(job)
 
     def insert_jobs(self) -> None:
-        """Insert what is to be inserted soon: each statement hands the interpreter's lock over, whatever its rows."""
+        """Insert what is to be inserted soon: each statement hands the interpreter's lock over, whatever its rows.
+
+        Raises _Spoiled if one of them cannot be stored: that is nobody's mistake who comes by here.
+        """
         jobs, self._jobs = self._jobs, []
         for count in _INSERT_ROWS:
             while len(jobs) >= count:
-                self._connection.execute(_INSERT_JOBS[count], list(itertools.chain.from_iterable(jobs[:count])))
+                try:
+                    self._connection.execute(_INSERT_JOBS[count], list(itertools.chain.from_iterable(jobs[:count])))
+                except (sqlite3.Error, OverflowError, UnicodeError) as error:
+                    if type(error) in _DISK_ERRORS:
+                        raise
+                    raise _Spoiled from error
                 self.inserted += count
                 del jobs[:count]
 
@@ -1216,10 +1231,6 @@ class Write:
             if self.error is not None:
                 raise self.error
             return self.result
-
-
-class _Spoiled(Exception):
-    """An operation failed after it had changed something: the batch must be undone and run one by one."""
 
 
 @contextmanager
@@ -1351,7 +1362,7 @@ class Store:
                 connection.execute("BEGIN IMMEDIATE")
                 for write in batch:
                     self._run_operation(connection, transaction, write)
-                self._insert_jobs(transaction)
+                transaction.insert_jobs()
                 transaction.executemany("""INSERT INTO counts VALUES (?, ?, ?)
                     ON CONFLICT (job_type, status) DO UPDATE SET jobs = jobs + excluded.jobs""",
                     [(*key, change) for key, change in transaction.counts.items() if change])
@@ -1368,16 +1379,6 @@ class Store:
             return transaction
 
     @staticmethod
-    def _insert_jobs(transaction: Transaction) -> None:
-        """Insert the batch's new jobs; what cannot be stored is its own caller's mistake, as in _run_operation."""
-        try:
-            transaction.insert_jobs()
-        except (sqlite3.Error, OverflowError, UnicodeError) as error:
-            if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError):
-                raise
-            raise _Spoiled from error
-
-    @staticmethod
     def _run_operation(connection: sqlite3.Connection, transaction: Transaction, write: Write) -> None:
         """Run one operation. Its own mistake is its caller's alone; the disk's is everybody's, and raised."""
         before, undone = connection.total_changes - transaction.inserted, len(transaction.on_rollback)
@@ -1385,7 +1386,7 @@ class Store:
         try:
             write.result = write.operation(transaction)
         except Exception as error:  # noqa: BLE001 - the worker loop: the other callers wait, whatever it is
-            if type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError):
+            if type(error) in (*_DISK_ERRORS, _Spoiled):
                 raise
             is_changed = connection.total_changes - transaction.inserted != before
             if is_changed and not transaction.is_alone:
@@ -2358,6 +2359,8 @@ class CallbackSender:
 
 ABANDONED_THREADS = 1000  # functions past their timeout cannot be stopped in a thread: so many may linger
 MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
+SWITCH_SECONDS = (0.005, 0.0005)  # sys.setswitchinterval: usually, and while jobs run longer than
+LONG_JOB_SECONDS = 0.25
 HOLD_TURNS = 50  # of so many seconds without one before the thread that looks after them sleeps
 HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it ends, too
 PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
@@ -2467,6 +2470,7 @@ class Runner:
         self._held: Dict[int, Tuple[Job, JobRun]] = {}  # synchronous jobs of which nothing is stored yet, by seq
         self._held_lock = threading.Lock()  # taken to put them into the store's queue in the right order
         self._has_held = threading.Event()
+        self.may_adjust_switching = False  # the interval is the whole process's
         self._is_woken = True
         self._is_paused = False
         self._is_stopping = False
@@ -2639,8 +2643,24 @@ class Runner:
                 waits.append(ALONE_SECONDS if claim.jobs else 1.0)
             elif claim.next_at is not None and claim.next_at > now:
                 waits.append(claim.next_at - now)
-        waits += [self._end_late_runs(), self._write_progress(), self._record_again()]  # knows the runs just started
+        waits += [self._end_late_runs(), self._write_progress(), self._record_again(),  # know the runs just started
+                  self._adjust_switching()]
         return min((wait for wait in waits if wait is not None), default=None)
+
+    def _adjust_switching(self) -> Optional[float]:
+        """Let threads take turns more often while jobs run for long: one that computes would hold requests up.
+
+        Return when to look again. (Short turns all the time would cost a fifth of the requests of a busy service.)
+        """
+        if not self.may_adjust_switching:
+            return None
+        now = time.monotonic()
+        with self._condition:
+            ages = [now - run.started for run, job, _ in self._running.values() if not job.synchronous]
+        wanted = SWITCH_SECONDS[1] if any(age >= LONG_JOB_SECONDS for age in ages) else SWITCH_SECONDS[0]
+        if abs(sys.getswitchinterval() - wanted) > 1e-6:
+            sys.setswitchinterval(wanted)
+        return min((LONG_JOB_SECONDS - age for age in ages if age < LONG_JOB_SECONDS), default=None)
 
     def _is_calm(self) -> bool:
         """Whether all jobs have been running for so long that they are not what kills the process."""
@@ -5855,6 +5875,7 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     logging.raiseExceptions = False  # a job that closes stderr must not make every log line an exception
     _raise_file_limit(settings["MAX_CONNECTIONS"] + settings["WORKERS"] * 8 + CALLBACK_THREADS + 100)
     service = Service(settings, registry)
+    service.runner.may_adjust_switching = True
     try:
         server = Server(service, host, port)
     except StartError:

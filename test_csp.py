@@ -6172,6 +6172,80 @@ class TestTrouble:
         finally:
             os.kill(child, signal.SIGKILL)
 
+    def test_threads_take_turns_more_often_while_a_job_runs_for_long(self, launch):
+        client = launch(
+            """
+            import sys, time
+            import csp.job as job, csp.util as util
+
+            @job.synchronous
+            def interval(task_id, input):
+                return sys.getswitchinterval()
+
+            @job.asynchronous
+            def compute(task_id, input):
+                while True:
+                    util.check_cancelled(task_id)
+            """
+        ).client
+        assert client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0])
+        job = client.submit("compute")
+        eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[1]))
+        client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+        eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0]))
+
+    def test_a_synchronous_job_that_ends_soon_costs_one_commit(self, start, monkeypatch):
+        running, batches = start(), []
+        commit = running.service.store._commit
+        monkeypatch.setattr(running.service.store, "_commit", lambda batch: (batches.append(batch), commit(batch)))
+        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
+        jobs = [running.client.submit("echo", text, metadata={"a": 1}) for text in ("hi", "&hi", ">hi", "#hi")]
+        assert len(batches) == 4
+        shown = [running.client.show(job) for job in jobs]
+        assert [job["status"] for job in shown] == ["complete", "complete", "error", "error"]
+        assert [messages(job) for job in shown] == [[], ["just a warning"], [], []]
+        assert running.client.get("/job?a=1").json["list"] == [f"/job/{job['job_id']}" for job in reversed(jobs)]
+        assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 2}
+
+    def test_a_synchronous_job_that_takes_longer_is_shown_with_its_log_while_it_runs(self, start):
+        registry, go = csp.Registry(), threading.Event()
+
+        @registry.synchronous
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.warning("begun")
+            csp.util.set_progress(task_id, 0.5)
+            go.wait(PATIENCE_SECONDS)
+            logger.warning("ended")
+            return "done"
+
+        client = start(registry).client
+        posting = threading.Thread(target=client.submit, args=("work",))
+        posting.start()
+        path = eventually(lambda: client.get("/job").json["list"])[0]
+        eventually(lambda: messages(client.get(path, key=ADMIN).json) == ["begun"])
+        eventually(lambda: client.get(path, key=ADMIN).json["progress"] == {"fraction": 0.5, "message": None})
+        go.set()
+        posting.join()
+        job = client.get(path, key=ADMIN).json
+        assert (job["data"], messages(job)) == ("done", ["begun", "ended"])
+
+    def test_new_jobs_of_one_commit_are_all_stored_whatever_is_wrong_with_one(self, store):
+        good = [make_job(store, f"good-{number}", metadata='{"n": 1}' if number % 3 else None) for number in range(75)]
+        bad = make_job(store, "bad", requested_timestamp="\ud800")
+        taken = make_job(store, "good-1")
+        jobs = [*good[:40], bad, taken, *good[40:]]
+        operations = [
+            csp.Write(lambda transaction, job=job: csp._insert_job(transaction, job, is_new_id=job is not taken))
+            for job in jobs
+        ]
+        store._commit(operations)
+        failed = {job.job_id: type(result_of(write)) for job, write in zip(jobs, operations) if result_of(write)}
+        assert failed == {"bad": ValueError, "good-1": csp.Conflict}
+        assert store.count_jobs()["pending"] == 75 == len(store.list_jobs(100))
+        assert len(store.list_jobs(100, metadata=[("n", "1")])) == 50
+
     def test_a_timeout_is_kept_while_the_disk_is_ill(self, start, monkeypatch):
         registry, stopped = csp.Registry(), threading.Event()
 
