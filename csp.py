@@ -664,6 +664,7 @@ TRANSITIONS: Dict[str, FrozenSet[str]] = {
     ERROR: frozenset(),
 }
 MAX_ATTEMPTS = 3  # a job that ends the whole process each time must not do so for ever
+LARGE_CHARACTERS = 2**20  # a job with more is not put together before it is sent
 MAX_LOG_MESSAGE = 65_536  # characters; what is longer belongs into the result
 BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time,
 BACKOFF_JITTER = 1.5  # times up to that
@@ -794,15 +795,30 @@ def render_job(job: Job, logs: Iterable[LogLine], job_key: bool = False, callbac
 
     ``job_key``: show it (submit, callback). ``callback_error``: a delivery that is failing shows as the job's error.
     """
+    return "".join(_job_texts(job, logs, job_key, callback_error)).encode("utf-8")
+
+
+def render_parts(job: Job, logs: Iterable[LogLine], job_key: bool = False) -> Union[bytes, List[bytes]]:
+    """Return what ``render_job`` does, a large job in several pieces: joining them would hold it once more."""
+    texts = _job_texts(job, logs, job_key, True)
+    if sum(map(len, texts)) < LARGE_CHARACTERS:
+        return "".join(texts).encode("utf-8")
+    return [text.encode("utf-8") for text in texts]
+
+
+def _job_texts(job: Job, logs: Iterable[LogLine], job_key: bool, callback_error: bool) -> List[str]:
+    """Return the job as JSON text, in pieces of which those that may be large are as they are stored."""
     error = job.error
     if error is None and callback_error and job.callback_attempts and job.callback_status in ("pending", "failed"):
         error = POST_FAILED
-    sent_data = job.sent_data if job.sent_data not in (None, "null") else "{}"
+    sent_data = "{}" if job.sent_data is None or job.sent_data == "null" else job.sent_data
     lines = [line._asdict() for line in logs]
-    text = (
+    begin = (
         f'{{"job_id": {_quote(job.job_id)}, "job_type": {_quote(job.job_type)}, "status": {_quote(job.status)}, '
-        f'"sent_data": {sent_data}, "data": {_result_text(job.data)}, "error": {error or "null"}, '
-        f'"metadata": {job.metadata or "{}"}, "logs": {to_json(lines) if lines else "[]"}, '
+        '"sent_data": ')
+    end = (
+        f', "error": {error or "null"}, "metadata": {job.metadata or "{}"}, '
+        f'"logs": {to_json(lines) if lines else "[]"}, '
         f'"result_url": {text_to_json(job.result_url)}, '
         f'"requested_timestamp": {text_to_json(job.requested_timestamp)}, '
         f'"started_timestamp": {text_to_json(job.started_timestamp)}, '
@@ -811,7 +827,7 @@ def render_job(job: Job, logs: Iterable[LogLine], job_key: bool = False, callbac
         f'"callback": {to_json(_callback_document(job)) if job.callback_status else "null"}, '
         f'"resubmitted_from": {text_to_json(job.resubmitted_from)}'
         + (f', "job_key": {text_to_json(job.job_key)}}}' if job_key else "}"))
-    return text.encode("utf-8")
+    return [begin, sent_data, ', "data": ', _result_text(job.data), end]
 
 
 class JobType(NamedTuple):
@@ -3031,11 +3047,11 @@ class Request:
 
 
 class Response:
-    """An answer. ``body`` is bytes, or an iterator of bytes that is sent as it comes and closed in any case."""
+    """An answer. ``body`` is bytes, or a list of them; or an iterator that is sent as it comes and always closed."""
 
     __slots__ = ("status", "body", "content_type", "headers")
 
-    def __init__(self, status: int = 200, body: Union[bytes, Iterator[bytes]] = b"",
+    def __init__(self, status: int = 200, body: Union[bytes, List[bytes], Iterator[bytes]] = b"",
                  content_type: str = "application/json", headers: Iterable[Tuple[str, str]] = ()) -> None:
         self.status = status
         self.body = body
@@ -4399,6 +4415,7 @@ def read_body(request: Request) -> Dict[str, Any]:
             raise Conflict("Malformed json", detail=str(error)) from None
         except ValueError as error:
             raise Conflict(f"Malformed json: {error}") from None
+        request.body = b""  # a large one is held no longer than need be
     if not isinstance(value, dict):
         raise Conflict("Not recognised as json, make sure content type is application/json")
     return value
@@ -4662,7 +4679,7 @@ class Service:
         self.store.add_job(job, self.runner.wake, job_id is None).wait()
         if wait:
             return self._answer_with(job, wait, applied)
-        return Response(200, render_job(job, (), job_key=True), headers=applied)
+        return Response(200, render_parts(job, (), job_key=True), headers=applied)
 
     def _check_admission(self, submission: Submission) -> None:
         if not self.auth.may_submit(submission.api_key):
@@ -4693,7 +4710,7 @@ class Service:
 
     def _answer_with(self, job: Job, wait: int, applied: List[Tuple[str, str]]) -> Response:
         job = self._wait(job, wait)
-        return Response(200, render_job(job, self.store.get_logs(job), job_key=True), headers=applied)
+        return Response(200, render_parts(job, self.store.get_logs(job), job_key=True), headers=applied)
 
     def _new_job(self, submission: Submission, job_id: Optional[str], origin: Optional[str],
                  is_synchronous: bool) -> Job:
@@ -4724,7 +4741,7 @@ class Service:
             ended = self.store.wait_for_job(job.job_id, lambda job: bool(job.callback_attempts), FIRST_ATTEMPT_SECONDS)
         if ended is None:
             raise NotFound("job_id not found")
-        return Response(200, render_job(ended, self.store.get_logs(ended) if run.line_count else (), job_key=True))
+        return Response(200, render_parts(ended, self.store.get_logs(ended) if run.line_count else (), job_key=True))
 
     def _find_job(self, request: Request, job_id: str) -> Job:
         """Return the job; raise NotFound, or Forbidden if the request may not see it."""
@@ -4740,7 +4757,7 @@ class Service:
         limit = request.number("limit", None)
         wait, applied = self._read_preferences(request)
         job = self._wait(self._find_job(request, job_id), wait)
-        return Response(200, render_job(job, self.store.get_logs(job, limit)), headers=applied)
+        return Response(200, render_parts(job, self.store.get_logs(job, limit)), headers=applied)
 
     def show_data(self, request: Request, job_id: str) -> Response:
         """Show the raw result of a job."""
@@ -5147,6 +5164,7 @@ BACKLOG = 1024  # connections that a burst may open before the first is accepted
 ACCESS_LOG_SECONDS = 0.2  # between writes of what has been requested
 SPARE_THREAD_SECONDS = 5.0  # how long a connection thread waits for another connection
 RECEIVE_BYTES = 65_536
+LARGE_BYTES = 2**20  # what is larger is not copied more than need be
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
@@ -5330,6 +5348,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             return False
         address, scheme = self.server.trust.identify(self.client_address[0], head.headers)
         request = Request(head.method, head.target, head.headers, body, address, scheme)
+        del body  # the request's alone, so that it is gone when that has read it
         response = self.server.service.handle(request)
         keeps_alive = head.keeps_alive and not self.server.is_stopping
         sent, keeps_alive = self._send(response, keeps_alive)
@@ -5400,6 +5419,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _read_bytes(self, length: int) -> bytes:
         deadline = self._body_deadline(length) if len(self._buffer) < length else 0.0
+        if length - len(self._buffer) > LARGE_BYTES:
+            return self._read_large(length, deadline)
         while len(self._buffer) < length:
             self._receive(deadline)
         if len(self._buffer) == length:
@@ -5408,6 +5429,26 @@ class RequestHandler(socketserver.BaseRequestHandler):
         data = bytes(memoryview(self._buffer)[:length])
         del self._buffer[:length]
         return data
+
+    def _read_large(self, length: int, deadline: float) -> bytes:
+        """Read a large body to where it stays: memory that is not yet written to is not yet taken."""
+        body = bytearray(length)
+        have = len(self._buffer)
+        body[:have] = self._buffer
+        self._buffer = bytearray()
+        view = memoryview(body)
+        while have < length:
+            try:
+                count = self.connection.recv_into(view[have:have + LARGE_BYTES])
+            except (BlockingIOError, socket.timeout):
+                count = -1
+            if count == 0:
+                raise _Disconnected
+            if time.monotonic() > deadline:
+                raise RequestTimeout("The request took too long to arrive.")
+            have += max(count, 0)
+        view.release()
+        return bytes(body)
 
     def _read_chunks(self) -> bytes:
         """Decode a chunked body (RFC 9112, section 7.1); trailers are checked and dropped."""
@@ -5455,27 +5496,30 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _send(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
         """Send the answer, in one piece if it is not streamed; return the body's bytes and whether to go on."""
         is_head = self._head is not None and self._head.method == "HEAD"
-        if not isinstance(response.body, bytes):
+        body = response.body
+        if not isinstance(body, (bytes, list)):
             return self._send_stream(response, keeps_alive)
         has_body = response.status not in (204, 304)
-        length = f"Content-Length: {len(response.body)}\r\n" if has_body else ""
-        head = self._build_head(response, length, keeps_alive)
-        body = b"" if is_head or not has_body else response.body
-        if len(body) < RECEIVE_BYTES:
+        size = len(body) if isinstance(body, bytes) else sum(map(len, body))
+        head = self._build_head(response, f"Content-Length: {size}\r\n" if has_body else "", keeps_alive)
+        if is_head or not has_body:
+            body, size = b"", 0
+        if isinstance(body, bytes) and size < RECEIVE_BYTES:
             self.connection.sendall(head + body)
         else:
             self.connection.sendall(head)
-            self._send_large(body)
-        return len(body), keeps_alive
+            self._send_large(body if isinstance(body, list) else [body], size)
+        return size, keeps_alive
 
-    def _send_large(self, body: bytes) -> None:
+    def _send_large(self, parts: List[bytes], size: int) -> None:
         """Send a large body; raise _Disconnected if the client is too slow, also if it reads a little all the time."""
-        deadline = time.monotonic() + self._limits.send_seconds + len(body) / self._limits.body_bytes_per_second
-        left = memoryview(body)
-        while left:
-            left = left[self.connection.send(left):]
-            if time.monotonic() > deadline:
-                raise _Disconnected
+        deadline = time.monotonic() + self._limits.send_seconds + size / self._limits.body_bytes_per_second
+        for part in parts:
+            left = memoryview(part)
+            while left:
+                left = left[self.connection.send(left):]
+                if time.monotonic() > deadline:
+                    raise _Disconnected
 
     def _build_head(self, response: Response, framing: str, keeps_alive: bool) -> bytes:
         fields = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
@@ -5490,7 +5534,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _send_stream(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
         """Send a streamed body in chunks, to HTTP/1.0 until the end of the connection."""
-        assert not isinstance(response.body, bytes)
+        assert not isinstance(response.body, (bytes, list))
         is_head = self._head is not None and self._head.method == "HEAD"
         is_chunked = self._head is not None and not self._head.is_http_1_0
         framing = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
@@ -5751,11 +5795,10 @@ class Wsgi:
         headers = [("Content-Type", response.content_type), *response.headers]
         names = {name for name, _ in headers}
         headers += [(name, value) for name, value in SECURITY_HEADERS if name not in names]
-        if not isinstance(response.body, bytes):
-            body: Iterable[bytes] = response.body if environ["REQUEST_METHOD"] != "HEAD" else []
-        else:
-            headers.append(("Content-Length", str(len(response.body))))
-            body = [] if environ["REQUEST_METHOD"] == "HEAD" else [response.body]
+        content = [response.body] if isinstance(response.body, bytes) else response.body
+        if isinstance(content, list):
+            headers.append(("Content-Length", str(sum(map(len, content)))))
+        body: Iterable[bytes] = [] if environ["REQUEST_METHOD"] == "HEAD" else content
         start_response(f"{response.status} {_REASONS.get(response.status, '')}", headers)
         return body
 
