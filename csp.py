@@ -4123,7 +4123,7 @@ def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
 
 def _snippets(name: str, view: Overview) -> Html:
     body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
-    curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {view.url}"
+    curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {shlex.quote(view.url)}"
     return render(_SNIPPETS, name=name, curl=curl, python=_PYTHON.format(body=body, url=view.url))
 
 
@@ -4890,7 +4890,7 @@ class Service:
     def delete_form(self, request: Request, job_id: str) -> Response:
         """Delete a job and go to the list."""
         self._delete(self._find_job(request, job_id))
-        return _go_to("/job", "delete")
+        return _go_to("/job" if self.auth.may_administer(request) else "/", "delete")
 
     def callback_form(self, request: Request, job_id: str) -> Response:
         """Send a job's callback again and show the job."""
@@ -4900,13 +4900,11 @@ class Service:
 
     def resubmit_form(self, request: Request, job_id: str) -> Response:
         """Submit a job again and show the new one."""
-        job = self._resubmit(self._find_job(request, job_id), request.form.get("api_key"))
+        old = self._find_job(request, job_id)
+        job = self._queue(_input_again(old, request.form.get("api_key")), old.job_id)
         path = job_path(job.job_id)
         return _go_to(path, "resubmit", [] if self.auth.may_administer(request) else
                       [key_cookie(request, path, job.job_key)])
-
-    def _resubmit(self, job: Job, api_key: Optional[str]) -> Job:
-        return self._queue({**job.read_input(), "api_key": api_key or job.api_key}, job.job_id)
 
     def _queue(self, body: Dict[str, Any], origin: Optional[str] = None) -> Job:
         """Submit a job that somebody will look at: it is queued, whatever its type."""
@@ -4922,15 +4920,19 @@ class Service:
             raise Forbidden
         form = request.form
         job_ids = [value for name, value in request.fields if name == "job_id" and not _BAD_ID.search(value)]
-        for job in filter(None, map(self.store.get_job, job_ids)):
+        jobs = list(filter(None, map(self.store.get_job, job_ids)))
+        if form.get("action") == "resubmit":
+            for job in jobs:  # all or none
+                check_submission(_input_again(job, form.get("api_key")), self.registry)
+        for job in jobs:
             if form.get("action") == "delete":
                 self._delete(job)
             elif form.get("action") == "resubmit":
-                self._resubmit(job, form.get("api_key"))
+                self._queue(_input_again(job, form.get("api_key")), job.job_id)
             elif form.get("action") == "cancel" and job.status == PENDING:
                 with suppress(Conflict):  # it has just finished
                     self.runner.cancel(job)
-        return _go_to(local_path(form.get("back"), "/job"), form.get("action", "") if job_ids else "none")
+        return _go_to(local_path(form.get("back"), "/job"), form.get("action", "") if jobs else "none")
 
     def clear_form(self, request: Request) -> Response:
         """Clear old jobs and go to the list."""
@@ -5060,6 +5062,11 @@ class Service:
                           [((), max(0.0, time.time() - due_since) if due_since else 0.0)]),
         ]
         return Response(200, self.metrics.render(lines).encode("utf-8"), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def _input_again(job: Job, api_key: Optional[str]) -> Dict[str, Any]:
+    """Return what submits the job again; the old api_key may be erased."""
+    return {**job.read_input(), "api_key": api_key or job.api_key}
 
 
 def _go_to(path: str, done: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -5580,7 +5587,7 @@ class AccessLog:
     def __init__(self) -> None:
         self._entries: Deque[Tuple[Any, ...]] = deque()
         self._is_wanted = threading.Event()
-        self._has_thread = False
+        self._has_thread = self._is_closed = False
 
     def add(self, *entry: Any) -> None:
         """Note a request: address, (method, target, minor version) or None, status, bytes sent, milliseconds."""
@@ -5594,10 +5601,17 @@ class AccessLog:
 
     def _run(self) -> None:
         pause = threading.Event()
-        while self._is_wanted.wait():
-            pause.wait(ACCESS_LOG_SECONDS)
+        while not self._is_closed:
+            self._is_wanted.wait()
+            pause.wait(0.0 if self._is_closed else ACCESS_LOG_SECONDS)
             self._is_wanted.clear()
             self.flush()
+
+    def close(self) -> None:
+        """Log what is left, and end."""
+        self._is_closed = True
+        self._is_wanted.set()
+        self.flush()
 
     def flush(self) -> None:
         """Log what has been noted."""
@@ -5771,7 +5785,7 @@ class Server(ThreadingHTTPServer):
             for handler in self._handlers:
                 handler.close_if_idle()
             self._lock.wait_for(lambda: self._connections == 0, timeout_seconds)
-        self.access.flush()
+        self.access.close()
 
     def server_close(self) -> None:
         """Close the listening socket; connections end by themselves."""

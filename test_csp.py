@@ -2412,6 +2412,31 @@ class TestConsole:
             assert "s3cret" not in page and job["job_key"] not in page and "Latest failures" not in page
             assert re.findall("/console/(?!style-|script-)", page) == []
 
+    def test_a_selection_is_resubmitted_as_a_whole_or_not_at_all(self, console):
+        client = console.client
+        jobs = [client.submit("echo", number) for number in range(3)]
+        jobs.insert(0, client.submit("step", "x"))  # has its api_key still
+        headers = {**FORM, "Authorization": ADMIN, "Accept": BROWSER_ACCEPT}
+
+        def resubmit(**more):
+            fields = [("job_id", job["job_id"]) for job in jobs] + [("action", "resubmit"), *more.items()]
+            return client.request("POST", "/console/selection", urllib.parse.urlencode(fields), headers)
+
+        answer = resubmit(api_key="")
+        assert answer.status == 409 and b"Please provide your API key." in answer.body
+        assert len(client.get("/job").json["list"]) == 4
+        assert resubmit(api_key="again").headers["Location"] == "/job?done=resubmit"
+        assert len(client.get("/job").json["list"]) == 8
+        for _ in range(2):
+            console.registry.steps.put("stop")
+
+    def test_who_holds_a_key_only_ends_up_where_they_may_be(self, start):
+        client = start(console_registry(), PUBLIC_JOB_LIST=False).client
+        job = client.submit("echo", "x")
+        headers = {**FORM, "Accept": BROWSER_ACCEPT, "Authorization": job["job_key"]}
+        answer = client.request("POST", f"/job/{job['job_id']}/delete", "", headers)
+        assert page_of(client, answer.headers["Location"], key=None).status == 200
+
     def test_a_hidden_list_asks_to_sign_in(self, start):
         page = page_of(start(console_registry(), PUBLIC_JOB_LIST=False).client, "/job", 403, key=None)
         assert b'href="/login?next=/job"' in page.body

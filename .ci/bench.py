@@ -26,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,14 +175,15 @@ def durable_insert(path: str) -> Callable[[bytes, bytes], bytes]:
     def write() -> None:
         connection = sqlite3.connect(path, isolation_level=None)
         for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL",
-                          "CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY, body BLOB)"):
+                          "CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY, job_id TEXT UNIQUE, body BLOB)"):
             connection.execute(statement)
         while True:
             batch = [waiting.get()]
             while len(batch) < 500 and not waiting.empty():
                 batch.append(waiting.get())
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("INSERT INTO jobs (body) VALUES (?)", [(body,) for body, _ in batch])
+            connection.executemany("INSERT INTO jobs (job_id, body) VALUES (?, ?)",
+                                   [(str(uuid.uuid4()), body) for body, _ in batch])
             connection.execute("COMMIT")
             for _, lock in batch:
                 lock.release()
@@ -395,8 +397,20 @@ def _children(pid: int) -> List[int]:
     return [int(word) for word in found.read_text(encoding="ascii").split()] if found.exists() else []
 
 
+def build_slow_disk(place: Path) -> str:
+    """Return a library that makes each sync of a file take 5 ms longer; raise ValueError without a compiler."""
+    source, library = place / "slow.c", place / "slow.so"
+    source.write_text(SLOW_DISK, encoding="ascii")
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise ValueError("there is no C compiler")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True, capture_output=True)
+    return str(library)
+
+
 @contextmanager
-def running(name: str, peer: str = "", database: Optional[Path] = None, **settings: Any) -> Iterator[Program]:
+def running(name: str, peer: str = "", database: Optional[Path] = None, slow_disk: bool = False,
+            **settings: Any) -> Iterator[Program]:
     """Run a program in a directory of its own, with a database on disk."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         place, port = Path(temporary), free_port()
@@ -411,6 +425,7 @@ def running(name: str, peer: str = "", database: Optional[Path] = None, **settin
         if database is not None:
             os.link(str(database), str(place / "jobs.db"))
         environ = {**os.environ, "JOB_CONFIG": str(place / "settings.py")}
+        environ.update({"LD_PRELOAD": build_slow_disk(place)} if slow_disk else {})
         begun = time.perf_counter()
         process = subprocess.Popen(command_of(name, place, port, peer), cwd=temporary, env=environ,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -535,6 +550,12 @@ def _timed(values: Values, name: str, program: Program, method: str, path: str, 
     return content
 
 
+def measure_disk(program: Program, seconds: float) -> Values:
+    """Durable requests from 64 connections."""
+    return {"a sync takes 5 ms: POST echo, 64 connections":
+            load(program.port, post("echo"), 64, seconds, program.place).rate}
+
+
 def measure_start(program: Program, seconds: float) -> Values:
     """From the command to the first answer."""
     return {"start to the first answer, s": program.start_seconds}
@@ -546,6 +567,7 @@ MEASURES: Dict[str, Tuple[Callable[[Program, float], Values], Tuple[str, ...], D
     "jobs": (measure_jobs, ("csp", *PEERS), {}),
     "naps": (measure_naps, ("csp", "own"), {"WORKERS": 60}),
     "memory": (measure_memory, ("csp", *PEERS), {}),
+    "disk": (measure_disk, ("csp", "durable", *PEERS), {"slow_disk": True}),
     "start": (measure_start, ("csp", "stdlib", *PEERS), {}),
 }
 
@@ -696,6 +718,9 @@ def measure_all(options: argparse.Namespace) -> Dict[str, Dict[str, List[float]]
                     continue
                 for row, value in values.items():
                     results.setdefault(row, {}).setdefault(name, []).append(value)
+            print(f"{title}: measured", file=sys.stderr)
+            if options.json:  # a long run may be ended early
+                Path(options.json).write_text(json.dumps({"rows": results}), encoding="utf-8")
     return results
 
 
