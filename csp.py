@@ -2064,10 +2064,11 @@ class CallbackPolicy:
     def connect(self, host: str, port: int, timeout_seconds: float) -> socket.socket:
         """Return a connection to the first address of ``host`` that is allowed and answers; raise OSError if none."""
         error: OSError = PermissionError(f"CALLBACK_HOSTS does not allow {host}")
+        deadline = time.monotonic() + timeout_seconds  # for all addresses together
         for address in self._resolve(host, port):
             if self._allows(host, address):
                 try:
-                    return socket.create_connection((address, port), timeout_seconds)
+                    return socket.create_connection((address, port), max(0.1, deadline - time.monotonic()))
                 except OSError as reason:
                     error = reason
         raise error
@@ -2938,7 +2939,10 @@ class Runner:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ANYBODY, JOB_KEY, ADMIN = "all", "job key, admin, secure key", "admin, secure key"  # who may use a route
+MAX_OFFSET = 10**9  # SQLite counts to 2^63, and what skips so much is not worth waiting for
+MAX_METADATA_FILTERS = 10
 MAX_LISTED = 10_000  # job ids in one answer; the Link header leads on
+MAX_FORM_BYTES = 2**18  # parsing takes many times as much memory
 MAX_FORM_FIELDS = 200  # a page of jobs has a box for each
 SECURITY_HEADERS = (
     ("X-Content-Type-Options", "nosniff"),
@@ -2949,7 +2953,8 @@ SECURITY_HEADERS = (
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
 _MEDIA_TYPE = re.compile(r"[!#$&^_.+\-0-9A-Za-z]{1,127}/[!#$&^_.+\-0-9A-Za-z]{1,127}"
-                         r"(?: *; *[!#$&^_.+\-0-9A-Za-z]+=(?:[!#$&^_.+\-0-9A-Za-z]+|\"[^\"\\\x00-\x1f\x7f]*\"))*",
+                         r"(?: *; *[!#$&^_.+\-0-9A-Za-z]+="
+                         r"(?:[!#$&^_.+\-0-9A-Za-z]+|\"[\x20\x21\x23-\x5b\x5d-\x7e]*\"))*",
                          re.ASCII)
 _INERT_TYPE = re.compile(r"(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gif|webp)|audio/[^;]+|video/[^;]+)"
                          r"(?:;.*|\Z)", re.IGNORECASE)
@@ -3017,6 +3022,8 @@ class Request:
         """The fields of a URL-encoded form in order; none if the body is no such form."""
         if not self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded"):
             return []
+        if len(self.body) > MAX_FORM_BYTES:
+            raise PayloadTooLarge(f"A form may have {MAX_FORM_BYTES:,} bytes; send JSON to /job for more.")
         try:
             return urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), keep_blank_values=True,
                                           max_num_fields=MAX_FORM_FIELDS)
@@ -3125,18 +3132,19 @@ class Router:
     """Finds the endpoint of a request by dictionary."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
-        self._methods: Dict[Tuple[str, ...], Dict[str, Route]] = {}
+        self._methods: Dict[Tuple[Optional[str], ...], Dict[str, Route]] = {}  # None stands for a job id
         for route in routes:
-            self._methods.setdefault(tuple(route.path.strip("/").split("/")), {})[route.method] = route
+            segments = [None if segment == "<job_id>" else segment for segment in route.path.strip("/").split("/")]
+            self._methods.setdefault(tuple(segments), {})[route.method] = route
 
     def find(self, request: Request) -> Tuple[Route, List[str]]:
         """Return the route and the path's arguments; raise NotFound, or MethodNotAllowed with ``Allow``."""
-        segments = tuple(request.path.rstrip("/")[1:].split("/"))
+        segments: Tuple[Optional[str], ...] = tuple(request.path.rstrip("/")[1:].split("/"))
         arguments: List[str] = []
         methods = self._methods.get(segments)
         if methods is None and len(segments) > 1:
-            methods = self._methods.get((segments[0], "<job_id>", *segments[2:]))
-            arguments = [_decode_segment(segments[1])]
+            methods = self._methods.get((segments[0], None, *segments[2:]))
+            arguments = [_decode_segment(segments[1] or "")]
         if methods is None:
             raise NotFound("There is nothing at this address; GET / says where the documentation is.")
         route = methods.get("GET" if request.method == "HEAD" else request.method)
@@ -3205,6 +3213,9 @@ WEAK_SECRETS = frozenset(("please_replace_me", "change_me_please", "correcthorse
 SESSION_NOTE_SECONDS = 60.0  # how often the use of a session is written down
 
 
+_scrypt_turns = threading.BoundedSemaphore(4)  # each takes 16 MB and a core
+
+
 def hash_password(password: str) -> str:
     """Return a hash for the setting PASSWORD: ``scrypt$n$r$p$salt$key``, in base64."""
     salt = secrets.token_bytes(16)
@@ -3217,8 +3228,9 @@ def _matches_hash(password: bytes, hashed: str) -> bool:
     """Return whether ``password`` gives the hash; raise ValueError if that is not a hash of ours."""
     _, n, r, p, salt, key = hashed.split("$")
     wanted = base64.b64decode(key, validate=True)
-    given = hashlib.scrypt(password, salt=base64.b64decode(salt, validate=True), n=int(n), r=int(r), p=int(p),
-                           dklen=len(wanted))
+    with _scrypt_turns:
+        given = hashlib.scrypt(password, salt=base64.b64decode(salt, validate=True), n=int(n), r=int(r), p=int(p),
+                               dklen=len(wanted))
     return hmac.compare_digest(given, wanted)
 
 
@@ -3302,6 +3314,9 @@ def _address_group(address: str) -> str:
         ip = ipaddress.ip_address(address)
     except ValueError:
         return address
+    mapped = getattr(ip, "ipv4_mapped", None)  # how a socket for both families names IPv4 addresses
+    if mapped is not None:
+        return str(mapped)
     return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else address
 
 
@@ -3312,7 +3327,8 @@ def is_same_origin(request: Request) -> Optional[bool]:
         return site in ("same-origin", "none")
     if origin is None:
         return None
-    return origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
+    host = request.headers.get("host", "").lower()
+    return bool(host) and origin.partition("://")[2].lower() == host
 
 
 class Authenticator:
@@ -3517,7 +3533,7 @@ FORMS = frozenset(("Login",))  # bodies that are URL-encoded; all others are JSO
 _NUMBER: Schema = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
 PARAMETERS: Dict[str, Tuple[str, Schema, str]] = {  # where, schema, description
     "_limit": ("query", _NUMBER, f"how many, 100 unless told, {MAX_LISTED:,} at most"),
-    "_offset": ("query", _NUMBER, "how many to skip; the Link header leads on at less cost"),
+    "_offset": ("query", {**_NUMBER, "maximum": MAX_OFFSET}, "how many to skip; the Link header leads on at less cost"),
     "_before": ("query", _NUMBER, "as the Link header has it"),
     "_status": ("query", _TEXT, "pending, complete or error; also queued or running"),
     "_type": ("query", _TEXT, "a job type"),
@@ -4600,14 +4616,15 @@ class Service:
         credentials = basic_credentials(request) or (form.get("username", ""), form.get("password", ""))
         if is_same_origin(request) is False:
             raise Forbidden("A login has to come from a page of this service.")
-        if not self.auth.is_login(*credentials, request.remote):
+        if credentials == ("", "") or not self.auth.is_login(*credentials, request.remote):  # asking is no guess
             raise Unauthorized("Could not verify your login; user name or password is wrong.",
                                [("WWW-Authenticate", 'Basic realm="Login Required"')])
         return Response.redirect(self._next_path(request), [self.auth.begin_session(request)])
 
     def log_out(self, request: Request) -> Response:
         """End the session."""
-        return Response.redirect(self._next_path(request), self.auth.end_session(request))
+        is_theirs = is_same_origin(request) is False  # another site's link signs nobody out
+        return Response.redirect(self._next_path(request), [] if is_theirs else self.auth.end_session(request))
 
     def _next_path(self, request: Request) -> str:
         return local_path(request.form.get("next") or dict(request.query).get("next"),
@@ -4627,18 +4644,22 @@ class Service:
         return Response.json({"list": [job_path(job_id) for _, job_id in jobs]},
                              headers=[("Link", f'<{following}>; rel="next"')] if following else [])
 
-    def _choose_jobs(self, request: Request, default_limit: int) -> Tuple[List[Tuple[int, str]], str]:
+    def _choose_jobs(self, request: Request, default_limit: int, most: int = MAX_LISTED,
+                     ) -> Tuple[List[Tuple[int, str]], str]:
         """Return (seq, id) of the jobs that the query asks for, and the address that goes on, if there may be more."""
         if not self.settings["PUBLIC_JOB_LIST"] and not self.auth.may_administer(request):
             raise Forbidden
-        limit = min(request.number("_limit", default_limit) or 0, MAX_LISTED)
-        offset, before = request.number("_offset", 0) or 0, request.number("_before", None)
+        limit = min(request.number("_limit", default_limit) or 0, most)
+        offset, before = request.number("_offset", 0, MAX_OFFSET) or 0, request.number("_before", None)
         query = dict(request.query)
         if query.get("_id"):
             return self.store.find_jobs(query["_id"], limit), ""
         filters = [(key, value) for key, value in request.query if key not in LIST_PARAMETERS]
         key, equals, value = query.get("_metadata", "").partition("=")
         filters += [(key.strip(), value.strip())] if equals else []
+        filters = list(dict.fromkeys(filters))
+        if len(filters) > MAX_METADATA_FILTERS:
+            raise Conflict(f"There may be {MAX_METADATA_FILTERS} metadata filters at most.")
         jobs = self.store.list_jobs(limit, offset, query.get("_status") or None, filters, before,
                                     query.get("_type") or None)
         if not jobs or len(jobs) < limit:
@@ -4853,7 +4874,7 @@ class Service:
     def jobs_page(self, request: Request) -> Response:
         """Show the list of jobs."""
         viewer = self._viewer(request)
-        jobs, following = self._choose_jobs(request, PAGE_ROWS)
+        jobs, following = self._choose_jobs(request, PAGE_ROWS, PAGE_ROWS)
         shown = self.store.get_light_jobs(seq for seq, _ in jobs)
         return page_response(jobs_page(viewer, JobsView(shown, dict(request.query), following, self.registry.names(),
                                                         self.settings["KEEP_JOBS_AGE"], time.time())))
@@ -5174,7 +5195,7 @@ RECEIVE_BYTES = 65_536
 LARGE_BYTES = 2**20  # what is larger is not copied more than need be
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([\t\x20-\x7e\x80-\xff]*)")
+_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
@@ -5421,15 +5442,16 @@ class RequestHandler(socketserver.BaseRequestHandler):
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         return self._read_chunks() if length is None else self._read_bytes(length)
 
-    def _body_deadline(self, length: int) -> float:
-        return time.monotonic() + self._limits.body_seconds + length / self._limits.body_bytes_per_second
+    def _body_deadline(self, started: float, received: int) -> float:
+        """Return until when more has to come: what has come earns time, what was announced does not."""
+        return started + self._limits.body_seconds + received / self._limits.body_bytes_per_second
 
     def _read_bytes(self, length: int) -> bytes:
-        deadline = self._body_deadline(length) if len(self._buffer) < length else 0.0
         if length - len(self._buffer) > LARGE_BYTES:
-            return self._read_large(length, deadline)
+            return self._read_large(length)
+        started = time.monotonic() if len(self._buffer) < length else 0.0
         while len(self._buffer) < length:
-            self._receive(deadline)
+            self._receive(self._body_deadline(started, len(self._buffer)))
         if len(self._buffer) == length:
             body, self._buffer = self._buffer, bytearray()
             return bytes(body)
@@ -5437,8 +5459,9 @@ class RequestHandler(socketserver.BaseRequestHandler):
         del self._buffer[:length]
         return data
 
-    def _read_large(self, length: int, deadline: float) -> bytes:
+    def _read_large(self, length: int) -> bytes:
         """Read a large body to where it stays: memory that is not yet written to is not yet taken."""
+        started = time.monotonic()
         body = bytearray(length)
         have = len(self._buffer)
         body[:have] = self._buffer
@@ -5451,7 +5474,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 count = -1
             if count == 0:
                 raise _Disconnected
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._body_deadline(started, have):
                 raise RequestTimeout("The request took too long to arrive.")
             have += max(count, 0)
         view.release()
@@ -5460,9 +5483,9 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _read_chunks(self) -> bytes:
         """Decode a chunked body (RFC 9112, section 7.1); trailers are checked and dropped."""
         body = bytearray()
-        started = time.monotonic() + self._limits.body_seconds
+        started = time.monotonic()
         while True:
-            deadline = started + len(body) / self._limits.body_bytes_per_second
+            deadline = self._body_deadline(started, len(body))
             size = _CHUNK_SIZE.fullmatch(self._read_line(deadline))
             if size is None:
                 raise BadRequest("A chunk's size is malformed.")
@@ -5473,7 +5496,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 self._read_trailers(deadline)
                 return bytes(body)
             while len(self._buffer) < length + 2:
-                self._receive(deadline + length / self._limits.body_bytes_per_second)
+                self._receive(self._body_deadline(started, len(body) + len(self._buffer)))
             if self._buffer[length:length + 2] != b"\r\n":
                 raise BadRequest("A chunk does not end where it says.")
             body += memoryview(self._buffer)[:length]

@@ -22,6 +22,7 @@ import csp.job as job
 import csp.util as util
 
 CHUNK_BYTES = 65_536  # large enough to be fast, small enough that progress moves and a cancelled job stops soon
+DOWNLOAD_SECONDS = 1_800  # for all of it: a server that sends a byte now and then must not hold a worker for ever
 TIMEOUT_SECONDS = 30  # for each read: a server that says nothing for that long is not going to
 MAX_CHECKSUM_BYTES = 2**30  # nothing is stored, so only time counts: some minutes on an ordinary line
 MAX_CSV_BYTES = 100 * 2**20  # fits any temporary directory, and is read in a minute or two
@@ -176,7 +177,7 @@ def _read_order(input: Input, max_bytes: int) -> Order:
     return Order(_check_url(data.get("url")), limit_bytes)
 
 
-@job.synchronous
+@job.synchronous(timeout=DOWNLOAD_SECONDS)
 def checksum(task_id: str, input: Input) -> Dict[str, Any]:
     """Send ``{"url": …}`` as data; SHA-256 and size of what is there come back as ``url, sha256, size_bytes``.
 
@@ -202,7 +203,7 @@ _MAGIC = (
     (b"\x7fELF", "a program"), (b"SQLite format 3", "an SQLite database"),
 )
 _MARKUP = (
-    (re.compile(rb"(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL),
+    (re.compile(rb"(?:<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE | re.DOTALL),
      "an HTML page; give the address of the file itself, not of a page about it"),
     (re.compile(rb"<\?xml\b"), "an XML document"),
     (re.compile(rb"\{\s*\"|\[\s*[{\[]"), "a JSON document"),
@@ -578,7 +579,7 @@ def _log_profile(profile: Dict[str, Any]) -> None:
                        "additional ones are left out", f"{profile['uneven_rows']:,}")
 
 
-@job.asynchronous
+@job.asynchronous(timeout=DOWNLOAD_SECONDS)
 def profile_csv(task_id: str, input: Input) -> Dict[str, Any]:
     """Send ``{"url": …}`` of a CSV file as data; what is in each of its columns comes back.
 

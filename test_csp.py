@@ -6271,6 +6271,61 @@ class TestTrouble:
         assert store.count_jobs()["pending"] == 75 == len(store.list_jobs(100))
         assert len(store.list_jobs(100, metadata=[("n", "1")])) == 50
 
+    def test_a_field_of_blanks_is_parsed_in_no_time(self):
+        head = b"GET / HTTP/1.1\r\nHost: a\r\nX:" + b" " * 65_000 + b"\x01"
+        begun = time.thread_time()
+        with pytest.raises(csp.BadRequest):
+            csp.parse_head(head, csp.Limits.of(csp.Settings({"MAX_HEADER_BYTES": 2**20})))
+        assert time.thread_time() - begun < 1.0
+
+    def test_a_page_of_comments_is_recognised_in_no_time(self):
+        import jobs_example
+
+        pattern = jobs_example._MARKUP[0][0]
+        begun = time.thread_time()
+        assert not pattern.match(b"<!---->" * 140 + b"x") and pattern.match(b"<!---->" * 140 + b"<html>")
+        assert time.thread_time() - begun < 1.0
+
+    @pytest.mark.parametrize("length", [1000, 2**22], ids=["small", "large"])
+    def test_a_body_that_is_announced_and_does_not_come_is_not_waited_for(self, start, length):
+        running = start(BODY_SECONDS=1, BODY_BYTES_PER_SECOND=1)
+        head = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\nx"
+        assert raw_exchange(running.client.url, head % length, timeout=20.0).startswith(b"HTTP/1.1 408 ")
+
+    def test_asking_for_a_login_is_no_guess_of_a_password(self, client):
+        for _ in range(2 * csp.FREE_FAILURES):
+            assert client.get("/login").status == 401
+        assert client.get("/login", key=ADMIN).status == 302
+
+    def test_a_form_that_is_too_large_is_refused_before_it_is_taken_apart(self, client):
+        answer = client.request("POST", "/login", "username=" + "%41" * 100_000, FORM)
+        assert answer.status == 413 and "form" in answer.error
+
+    @pytest.mark.parametrize("method, more", [("GET", ""), ("DELETE", ""), ("PUT", ""), ("GET", "/data")])
+    def test_the_name_of_a_place_in_an_address_is_an_id_like_others(self, client, method, more):
+        answer = raw_exchange(client.url, f"{method} /job/<job_id>{more} HTTP/1.0\r\n\r\n".encode())
+        assert answer.split(b" ", 2)[1] == (b"409" if method == "PUT" else b"404")
+
+    def test_bounds_of_lists_are_said(self, client):
+        assert client.get("/job?_type=echo&_offset=9223372036854775807").status == 409
+        assert client.get("/job?" + "&".join(f"k{number}=1" for number in range(11))).status == 409
+        assert client.get("/job?" + "&".join(["k=1"] * 40)).status == 200
+
+    def test_a_media_type_that_no_header_can_carry_is_not_used(self, client):
+        job = client.submit("echo", "x", metadata={"mimetype": 'text/plain; a="\u20ac"'})
+        answer = client.get(f"/job/{job['job_id']}/data", key=job["job_key"])
+        assert (answer.status, answer.headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+
+    def test_a_link_of_another_site_signs_nobody_out(self, client):
+        cookie = log_in(client)
+        for site, is_admin in (("cross-site", True), ("same-origin", False)):
+            client.get("/logout", Cookie=cookie, **{"Sec-Fetch-Site": site})
+            assert (client.get("/user", Cookie=cookie).json["id"] == 0) == is_admin
+
+    def test_addresses_of_ipv4_are_told_apart_on_a_socket_for_both_families(self):
+        groups = [csp._address_group(address) for address in ("::ffff:10.0.0.1", "::ffff:10.0.0.2", "2001:db8::1")]
+        assert groups == ["10.0.0.1", "10.0.0.2", "2001:db8::/64"]
+
     def test_a_timeout_is_kept_while_the_disk_is_ill(self, start, monkeypatch):
         registry, stopped = csp.Registry(), threading.Event()
 
