@@ -8951,7 +8951,8 @@ class TestSchema:
             assert (show(service.client, name)["data"], show(service.client, name)["error"]) == (data, None)
         key = service.client.get("/job/done", key="key-of-done")
         assert key.status == 200 and service.client.get("/job/done", key="another").status == 403
-        assert service.client.submit("work")["job_id"]
+        last = service.client.submit("work")["job_id"]
+        assert eventually(lambda: show(service.client, last)["status"] == "complete")
         service.stop()
         assert counted(path) == {"pending": 0, "complete": 5, "error": 1}
         assert dict(read_rows(path, "SELECT status, sum(jobs) FROM counts GROUP BY 1")) == counted(path)
