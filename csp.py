@@ -25,31 +25,27 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
+# What few starts need is imported where it is used: csv, getpass, inspect and logging.handlers cost as much as sqlite3.
 import argparse
 import atexit
 import base64
 import binascii
 import bisect
 import contextvars
-import csv
 import email.utils
 import functools
-import getpass
 import hashlib
 import hmac
 import html
 import http.client
 import importlib
 import importlib.util
-import inspect
 import io
 import ipaddress
 import itertools
 import json
 import logging
-import logging.handlers
 import os
-import platform
 import queue
 import random
 import re
@@ -4125,6 +4121,7 @@ def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
     kind = "synchronous" if job_type.synchronous else "asynchronous"
     options = [f"{word} {value:g}{unit}" for word, value, unit in (
         ("timeout", job_type.timeout or 0, " s"), ("retries", job_type.retries, "")) if value]
+    import inspect
     doc = inspect.getdoc(job_type.function) or ""
     return render(
         _TYPE, name=job_type.name, kind=kind, doc=_shorten(doc, 600),
@@ -4330,6 +4327,7 @@ def _result(job: Job, path: str) -> Html:
 
 def _csv_table(text: str) -> Html:
     """Return the first rows and columns as a table."""
+    import csv
     lines = csv.reader(io.StringIO(text[:PAGE_TEXT_CHARACTERS * 2]))
     try:
         rows = [[_shorten(cell, 100) for cell in row[:20]] for row in itertools.islice(lines, 51)]
@@ -5071,7 +5069,7 @@ class Service:
         states = self._count_states()
         by_type = [((("job_type", job_type), ("status", status)), jobs)
                    for (job_type, status), jobs in sorted(self.store.count_by_type().items())]
-        build = (("version", __version__), ("python", platform.python_version()), ("sqlite", sqlite_version()))
+        build = (("version", __version__), ("python", sys.version.split()[0]), ("sqlite", sqlite_version()))
         lines = [
             *metric_lines("csp_build_info", "gauge", "What runs here.", [(build, 1)]),
             *metric_lines("process_start_time_seconds", "gauge", "When the service started (seconds since 1970).",
@@ -5877,12 +5875,16 @@ class _LogFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class _LogFile(logging.handlers.RotatingFileHandler):
-    """A rotating file that only its owner may read."""
+def _open_log_file(path: str) -> logging.Handler:
+    """Return the handler for a rotating file that only its owner may read; raise OSError."""
+    from logging.handlers import RotatingFileHandler
 
-    def _open(self) -> Any:
-        return os.fdopen(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a",
-                         encoding="utf-8")
+    class LogFile(RotatingFileHandler):
+        def _open(self) -> Any:
+            return os.fdopen(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a",
+                             encoding="utf-8")
+
+    return LogFile(path, maxBytes=64 * 2**20, backupCount=5)
 
 
 def configure_logging(settings: Settings) -> None:
@@ -5892,12 +5894,12 @@ def configure_logging(settings: Settings) -> None:
         handlers.append(logging.StreamHandler())
     if settings["LOG_FILE"]:
         try:
-            handlers.append(_LogFile(settings["LOG_FILE"], maxBytes=64 * 2**20, backupCount=5))
+            handlers.append(_open_log_file(settings["LOG_FILE"]))
         except OSError as error:
             raise StartError(f"The log file {settings['LOG_FILE']} cannot be written: {error.strerror}.") from None
     if settings["ADMINS"]:
-        mail = logging.handlers.SMTPHandler("127.0.0.1", settings["FROM_EMAIL"], list(settings["ADMINS"]),
-                                            f"{settings['NAME']}: error")
+        from logging.handlers import SMTPHandler
+        mail = SMTPHandler("127.0.0.1", settings["FROM_EMAIL"], list(settings["ADMINS"]), f"{settings['NAME']}: error")
         mail.setLevel(logging.ERROR)
         handlers.append(mail)
     for old in list(log.handlers):
@@ -6237,6 +6239,7 @@ def _print_lines(run: JobRun, _must_wait: bool) -> None:
 
 def _make_hash() -> int:
     """Print the hash of a password that is typed twice, or read from standard input if that is no terminal."""
+    import getpass
     if not sys.stdin.isatty():
         password = sys.stdin.readline().rstrip("\r\n")
     else:

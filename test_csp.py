@@ -366,10 +366,10 @@ def launch(tmp_path):
         process.kill()
 
 
-def run_command(*arguments, input=None, cwd=None, environ=None):
+def run_command(*arguments, program=(str(PROGRAM),), input=None, cwd=None, environ=None):
     """Run ``python csp.py ARGUMENTS`` to its end; return the CompletedProcess with text output."""
     return subprocess.run(
-        [sys.executable, str(PROGRAM), *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         input=input,
         cwd=cwd and str(cwd),
         env={**os.environ, **(environ or {})},
@@ -807,6 +807,15 @@ class TestSource:
         )
         assert (done.stdout.strip(), done.stderr, done.returncode) == (csp.__version__, "", 0)
         assert list(tmp_path.iterdir()) == []
+
+    def test_it_imports_at_the_start_only_what_a_start_needs(self):
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import csp; print(*sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code, str(HERE)], stdout=subprocess.PIPE, timeout=PATIENCE_SECONDS
+        )
+        modules = set(done.stdout.decode("ascii").split())
+        assert {"csp", "sqlite3"} <= modules
+        assert {"csv", "getpass", "inspect", "logging.handlers"} & modules == set()
 
     def test_it_needs_no_file_but_itself(self, tmp_path):
         (tmp_path / "ckanserviceprovider.py").write_text(SOURCE, encoding="utf-8")
@@ -6454,6 +6463,12 @@ def command(tmp_path):
 
 class TestCommandLine:
     """What people type, and what they get."""
+
+    def test_it_runs_as_a_module(self, command):
+        result = command(
+            "--jobs", "jobs", "--run", "work", '"x"', program=("-m", "csp"), environ={"PYTHONPATH": str(HERE)}
+        )
+        assert (result.returncode, result.stdout.strip()) == (0, "x"), result.stderr
 
     def test_the_banner_says_what_runs_where_and_its_curl_line_works(self, launch, tmp_path):
         server = launch(DOCUMENTED_MODULE, "--name", "my jobs")
