@@ -967,6 +967,9 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
+_clean_name = functools.lru_cache(maxsize=256)(clean)
+
+
 class StoringHandler(logging.Handler):
     """A logging handler that writes to the log of the job ``task_id``; the service removes it when the job ends.
 
@@ -994,12 +997,13 @@ class StoringHandler(logging.Handler):
         if run is None or run.ended or record.name in (log.name, access_log.name) or not self._is_own(record):
             return
         try:
-            message = self.format(record)
+            is_plain = not (self.formatter or record.exc_info or record.exc_text or record.stack_info)
+            message = record.getMessage() if is_plain else self.format(record)
         except Exception as error:  # noqa: BLE001 - a job's bad log call is no reason to fail the job
             message = f"{record.msg if isinstance(record.msg, str) else ''} ({type(error).__name__} in logging)"
         lineno = record.lineno if isinstance(record.lineno, int) and 0 <= record.lineno < 2**31 else 0
-        run.add_line(LogLine(timestamp(record.created), clean(message), clean(str(record.levelname)),
-                             clean(str(record.module)), clean(str(record.funcName)), lineno))
+        run.add_line(LogLine(timestamp(record.created), clean(message), _clean_name(str(record.levelname)),
+                             _clean_name(str(record.module)), _clean_name(str(record.funcName)), lineno))
 
     def _is_own(self, record: logging.LogRecord) -> bool:
         current = _current_run.get()
@@ -1137,8 +1141,8 @@ _OLD_TABLES = {0: ("logs", "metadata", "jobs"), 1: ("logs", "metadata", "jobs", 
 _JOB_COLUMNS = ", ".join(Job._fields)
 _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "status = 'pending' AND run_at IS NULL"}
 _INSERT_JOB = f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
-_INSERT_ROWS = (32, 8, 4, 2, 1)  # 32 rows have fewer values than SQLite's oldest limit of 999
-_INSERT_JOBS = {count: _INSERT_JOB + f", ({', '.join('?' * len(Job._fields))})" * (count - 1) for count in _INSERT_ROWS}
+_JOB_ROWS = (32, 8, 4, 2, 1)  # rows for each statement: fewer values than SQLite's oldest limit of 999
+_INSERT_JOBS = {count: _INSERT_JOB + f", ({', '.join('?' * len(Job._fields))})" * (count - 1) for count in _JOB_ROWS}
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
 _SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
 _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
@@ -1146,8 +1150,9 @@ _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finis
     WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
 _REQUEUE_JOB = f"""UPDATE jobs SET run_at = ?, crashes = ?, failures = ?, progress = NULL
     WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"""
-_INSERT_LINE = """INSERT INTO logs (timestamp, message, level, module, funcName, lineno, job_id, seq)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?)"""
+_LINE_ROWS = (100, 10, 1)
+_INSERT_LINES = {count: "INSERT INTO logs (timestamp, message, level, module, funcName, lineno, job_id, seq) VALUES "
+                 + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * count) for count in _LINE_ROWS}
 
 
 def sqlite_version() -> str:
@@ -1198,16 +1203,14 @@ class Transaction:
         Raises _Spoiled if one of them cannot be stored: that is nobody's mistake who comes by here.
         """
         jobs, self._jobs = self._jobs, []
-        for count in _INSERT_ROWS:
-            while len(jobs) >= count:
-                try:
-                    self._connection.execute(_INSERT_JOBS[count], list(itertools.chain.from_iterable(jobs[:count])))
-                except (sqlite3.Error, OverflowError, UnicodeError) as error:
-                    if type(error) in _DISK_ERRORS:
-                        raise
-                    raise _Spoiled from error
-                self.inserted += count
-                del jobs[:count]
+        for rows in _split(jobs, _JOB_ROWS):
+            try:
+                self._connection.execute(_INSERT_JOBS[len(rows)], list(itertools.chain.from_iterable(rows)))
+            except (sqlite3.Error, OverflowError, UnicodeError) as error:
+                if type(error) in _DISK_ERRORS:
+                    raise
+                raise _Spoiled from error
+            self.inserted += len(rows)
 
     def count(self, job_type: str, status: str, change: int) -> None:
         """Note that there are ``change`` more jobs of that type and status."""
@@ -1219,6 +1222,15 @@ class Transaction:
         self.count(job_type, status, 1)
         hour = int(now // 3600)
         self.hours[hour, status] = self.hours.get((hour, status), 0) + 1
+
+
+def _split(rows: List[T], sizes: Sequence[int]) -> Iterator[List[T]]:
+    """Yield the rows in as few pieces of these sizes (the largest first, 1 the last) as can be."""
+    begin = 0
+    for size in sizes:
+        while len(rows) - begin >= size:
+            yield rows[begin:begin + size]
+            begin += size
 
 
 class Write:
@@ -1817,7 +1829,9 @@ def _add_lines(transaction: Transaction, run: JobRun) -> None:
     lines = [run.lines.popleft() for _ in range(len(run.lines))]
     if lines:
         transaction.on_rollback.append(lambda: run.lines.extendleft(reversed(lines)))
-        transaction.executemany(_INSERT_LINE, [(*line, run.job_id, run.seq) for line in lines])
+        for rows in _split(lines, _LINE_ROWS):
+            transaction.execute(_INSERT_LINES[len(rows)],
+                                [value for line in rows for value in (*line, run.job_id, run.seq)])
 
 
 # -- opening the file
