@@ -3348,7 +3348,9 @@ class Authenticator:
         self._store = store
         self._username: str = settings["USERNAME"]
         self.generated_password = None if settings["PASSWORD"] else secrets.token_urlsafe(12)
-        self._password = _read_secret("PASSWORD", self.generated_password or settings["PASSWORD"])
+        password = self.generated_password or settings["PASSWORD"]
+        self._password = _read_secret("PASSWORD", password)
+        self._session_key = f"{self._username}:{password}".encode("utf-8", "replace")  # another password ends sessions
         self._secret_key: Optional[str] = settings["SECRET_KEY"]
         self._api_keys = [_read_secret("API_KEYS", key) for key in settings["API_KEYS"]]
         self._idle_seconds: float = settings["SESSION_IDLE_SECONDS"]
@@ -3407,7 +3409,7 @@ class Authenticator:
     def begin_session(self, request: Request) -> Tuple[str, str]:
         """Store a new session and return the Set-Cookie field for it."""
         token, now = secrets.token_urlsafe(32), time.time()
-        self._store.add_session(_token_hash(token), now, now - self._idle_seconds, now - self._session_seconds)
+        self._store.add_session(self._token_hash(token), now, now - self._idle_seconds, now - self._session_seconds)
         return _set_cookie(request, token)
 
     def end_session(self, request: Request) -> List[Tuple[str, str]]:
@@ -3415,13 +3417,16 @@ class Authenticator:
         for name in (COOKIE, SECURE_COOKIE):
             token = request.cookie(name)
             if token:
-                self._store.delete_session(_token_hash(token))
+                self._store.delete_session(self._token_hash(token))
         return [_set_cookie(request, "")]
+
+    def _token_hash(self, token: str) -> str:
+        return hmac.new(self._session_key, token.encode("utf-8", "replace"), "sha256").hexdigest()
 
     def _session_hash(self, request: Request) -> Optional[str]:
         """Return the hash of the request's session token if that session is alive."""
         token = request.cookie(SECURE_COOKIE if request.scheme == "https" else COOKIE)
-        session = self._store.get_session(_token_hash(token)) if token else None
+        session = self._store.get_session(self._token_hash(token)) if token else None
         if not token or session is None:
             return None
         created_at, used_at = session
@@ -3429,8 +3434,8 @@ class Authenticator:
         if now - used_at > self._idle_seconds or now - created_at > self._session_seconds:
             return None
         if now - used_at > min(SESSION_NOTE_SECONDS, self._idle_seconds / 2):
-            self._store.mark_session_used(_token_hash(token), now)
-        return _token_hash(token)
+            self._store.mark_session_used(self._token_hash(token), now)
+        return self._token_hash(token)
 
 
 def _read_secret(name: str, text: str) -> Secret:
@@ -3451,10 +3456,6 @@ def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
     except (binascii.Error, UnicodeDecodeError):
         return None
     return (username, password) if colon else None
-
-
-def _token_hash(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "replace")).hexdigest()
 
 
 def _set_cookie(request: Request, token: str) -> Tuple[str, str]:
@@ -4187,9 +4188,9 @@ _ROW = """<tr><td data-label="Choose"><input type="checkbox" name="job_id" value
 <td data-label="Status">$badge</td><td data-label="Submitted">$time</td><td data-label="Duration">$duration</td>
 <td data-label="Metadata">$metadata</td></tr>"""
 _ACTIONS = """<p class="row"><span>With the chosen jobs:</span>
-<button name="action" value="cancel">Cancel</button><button name="action" value="delete" class="danger">Delete</button>
 <span><label for="key">API key, to resubmit</label><input id="key" name="api_key" autocomplete="off"></span>
-<button name="action" value="resubmit">Resubmit</button></p>"""
+<button name="action" value="resubmit">Resubmit</button><button name="action" value="cancel">Cancel</button>
+<button name="action" value="delete" class="danger">Delete</button></p>"""
 _CLEAR = """<section><form method="post" action="/console/clear" class="row"><div>
 <label for="days">Delete jobs that ended more than so many days ago</label>
 <input id="days" name="days" type="number" min="0" max="36500" value="$days" required></div>
@@ -4624,7 +4625,7 @@ class Service:
 
     def log_in(self, request: Request) -> Response:
         """Begin a session, by Basic auth or by form fields."""
-        form = request.form
+        form = request.form if request.method == "POST" else {}
         credentials = basic_credentials(request) or (form.get("username", ""), form.get("password", ""))
         if is_same_origin(request) is False:
             raise Forbidden("A login has to come from a page of this service.")
@@ -4874,7 +4875,7 @@ class Service:
 
     def login_page(self, request: Request) -> Response:
         """Show the form to sign in, or sign in."""
-        if request.method == "GET" and basic_credentials(request) is None:
+        if request.method != "POST" and basic_credentials(request) is None:
             return page_response(login_page(Viewer(self.settings["NAME"], False, "/login"), self._next_path(request)))
         try:
             return self.log_in(request)
@@ -4952,8 +4953,10 @@ class Service:
         if not self.auth.may_administer(request):
             raise Forbidden
         form = request.form
+        if form.get("action") not in ("cancel", "delete", "resubmit"):
+            raise Conflict("action has to be cancel, delete or resubmit")
         job_ids = [value for name, value in request.fields if name == "job_id" and not _BAD_ID.search(value)]
-        jobs = list(filter(None, map(self.store.get_job, job_ids)))
+        jobs = list(filter(None, map(self.store.get_job, dict.fromkeys(job_ids))))
         if form.get("action") == "resubmit":
             for job in jobs:  # all or none
                 check_submission(_input_again(job, form.get("api_key")), self.registry)
@@ -4965,7 +4968,7 @@ class Service:
             elif form.get("action") == "cancel" and job.status == PENDING:
                 with suppress(Conflict):  # it has just finished
                     self.runner.cancel(job)
-        return _go_to(local_path(form.get("back"), "/job"), form.get("action", "") if jobs else "none")
+        return _go_to(local_path(form.get("back"), "/job"), form["action"] if jobs else "none")
 
     def clear_form(self, request: Request) -> Response:
         """Clear old jobs and go to the list."""
@@ -4983,7 +4986,7 @@ class Service:
         if not viewer.is_admin:
             raise Forbidden
         form = request.form
-        if request.method == "GET":
+        if request.method != "POST":
             return page_response(submit_page(viewer, self.registry.names(), {
                 "job_type": dict(request.query).get("type", ""), "api_key": "console"}))
         try:

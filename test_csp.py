@@ -156,6 +156,11 @@ SETTINGS = {
 }
 
 
+def session_hash(token):
+    """Return what stands in the database for a session of the administrator of SETTINGS."""
+    return hmac.new(f"admin:{SETTINGS['PASSWORD']}".encode(), token.encode(), "sha256").hexdigest()
+
+
 SECRETS = (b"secret-api-key", SETTINGS["PASSWORD"].encode(), SECURE_KEY.encode(), ADMIN.encode())
 
 
@@ -2434,10 +2439,18 @@ class TestConsole:
         answer = resubmit(api_key="")
         assert answer.status == 409 and b"Please provide your API key." in answer.body
         assert len(client.get("/job").json["list"]) == 4
+        answer = client.request("POST", "/console/selection", "job_id=x&action=DELETE", headers)
+        assert answer.status == 409 and b"action has to be cancel, delete or resubmit" in answer.body
+        jobs.append(jobs[0])  # named twice
         assert resubmit(api_key="again").headers["Location"] == "/job?done=resubmit"
         assert len(client.get("/job").json["list"]) == 8
         for _ in range(2):
             console.registry.steps.put("stop")
+
+    def test_enter_in_the_field_for_the_key_resubmits(self, console):
+        console.client.submit("echo", "x")
+        page = page_of(console.client, "/job").body.decode()
+        assert re.findall('name="action" value="([a-z]+)"', page) == ["resubmit", "cancel", "delete"]  # the first one
 
     def test_who_holds_a_key_only_ends_up_where_they_may_be(self, start):
         client = start(console_registry(), PUBLIC_JOB_LIST=False).client
@@ -6901,7 +6914,7 @@ class TestAuth:
             "is_anonymous": False,
         }
         stored = query(service.path, "SELECT token_hash FROM sessions")
-        assert stored == [(hashlib.sha256(token.encode()).hexdigest(),)]
+        assert stored == [(session_hash(token),)]
         out = client.get("/logout?next=/status", Cookie=cookie)
         assert (out.status, out.headers["Location"]) == (302, "/status") and "Max-Age=0" in out.headers["Set-Cookie"]
         assert client.get("/user", Cookie=cookie).json["name"] == "Anonymous"
@@ -6930,6 +6943,26 @@ class TestAuth:
         with contextlib.closing(sqlite3.connect(str(service.path))) as connection, connection:
             connection.execute("UPDATE sessions SET " + change)
         assert (service.client.get("/user", Cookie=cookie).json["id"] == 0) == is_alive
+
+    def test_sessions_survive_a_restart_but_not_another_password(self, start):
+        service = start()
+        cookie = log_in(service.client)
+        service.stop()
+        service = start()
+        assert service.client.get("/user", Cookie=cookie).json["id"] == 0
+        service.stop()
+        assert start(PASSWORD="another battery horse staple").client.get("/user", Cookie=cookie).json["id"] is None
+
+    @pytest.mark.parametrize("method", ["GET", "HEAD"])
+    def test_only_a_post_logs_in_by_form_or_submits_one(self, client, method):
+        login = urllib.parse.urlencode({"username": "admin", "password": SETTINGS["PASSWORD"]})
+        page = client.request(method, "/login", login, {**FORM, "Accept": BROWSER_ACCEPT})
+        assert page.status == 200 and "Set-Cookie" not in page.headers
+        assert client.request(method, "/login", login, FORM).status == 401
+        headers = {**FORM, "Accept": BROWSER_ACCEPT, "Cookie": log_in(client), "Sec-Fetch-Site": "cross-site"}
+        fields = urllib.parse.urlencode({"job_type": "echo", "api_key": "k", "data": "1"})
+        assert client.request(method, "/console/submit", fields, headers).status == 200
+        assert client.get("/job").json["list"] == []
 
     def test_each_login_has_a_token_of_its_own_and_none_of_the_clients_choosing(self, client):
         chosen = "csp_session=" + "a" * 43
@@ -8926,7 +8959,7 @@ class TestSchema:
 
     def test_a_database_of_version_1_opens_with_everything(self, start, gate, tmp_path):
         path, now, cookie = tmp_path / "jobs.db", time.time() - 7200, "0123456789abcdef" * 4
-        make_version_1(path, now, csp._token_hash(cookie))
+        make_version_1(path, now, session_hash(cookie))
 
         @gate.registry.asynchronous
         def work(task_id, input):
