@@ -495,21 +495,33 @@ class Browser:
 
         return eventually(found)
 
+    def _act(self, method, css, action, containing="", **value):
+        """Do something with an element that ``find`` finds; again if the page has replaced it in between."""
+
+        def done():
+            try:
+                return (self._command(method, f"/element/{self.find(css, containing)}/{action}", **value),)
+            except LookupError as error:
+                if "stale element" not in str(error):
+                    raise
+                return None
+
+        return eventually(done)[0]
+
     def read(self, css):
-        return self._command("GET", f"/element/{self.find(css)}/text")
+        return self._act("GET", css, "text")
 
     def get(self, css, name):
-        return self._command("GET", f"/element/{self.find(css)}/property/{name}")
+        return self._act("GET", css, "property/" + name)
 
     def click(self, css, text=""):
         """Click and, if that opens a page, wait until the old one is gone."""
-        self._command("POST", f"/element/{self.find(css, text)}/click")
+        self._act("POST", css, "click", text)
         return self
 
     def fill(self, css, text):
-        element = self.find(css)
-        self._command("POST", f"/element/{element}/clear")
-        self._command("POST", f"/element/{element}/value", text=text)
+        self._act("POST", css, "clear")
+        self._act("POST", css, "value", text=text)
         return self
 
     def press(self, key):
