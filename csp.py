@@ -2408,7 +2408,9 @@ def error_document(error: BaseException) -> str:
             return to_json({"message": message, "traceback": clean("".join(lines))})
         document = error.as_dict()
         if isinstance(document, dict) and isinstance(document.get("message"), str):
-            return to_json(document)
+            text = to_json(document)
+            _check_depth(text.encode("utf-8"))
+            return text
     except Exception:  # noqa: BLE001 - part of the job run, which has to end somehow
         log.debug("an error of type %s cannot describe itself", type(error).__name__)
     return to_json({"message": _safe_text(getattr(error, "message", "")) or type(error).__name__})
@@ -3038,7 +3040,7 @@ class Request:
             return urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), keep_blank_values=True,
                                           max_num_fields=MAX_FORM_FIELDS)
         except ValueError:
-            return []
+            raise PayloadTooLarge(f"A form may have {MAX_FORM_FIELDS} fields.") from None
 
     @property
     def form(self) -> Dict[str, str]:
@@ -4015,10 +4017,13 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _lay_out(text: str) -> str:
-    """Return JSON text laid out for people."""
+    """Return JSON text laid out for people; as it is if it is long or nested deeper than Python goes."""
     if len(text) > PARSED_CHARACTERS:
         return text
-    return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    try:
+        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    except RecursionError:
+        return text
 
 
 def fit_lines(lines: Iterable[LogLine]) -> List[LogLine]:
@@ -4583,7 +4588,8 @@ class Service:
     def _refuse(self, request: Request, error: CspError) -> Response:
         if request.wants_html:
             headers = [(name, value) for name, value in error.headers if name != "WWW-Authenticate"]
-            viewer = Viewer(self.settings["NAME"], False, request.target)
+            path = request.target if request.method in ("GET", "HEAD") else "/job"  # where signing in leads
+            viewer = Viewer(self.settings["NAME"], False, path)
             response = page_response(error_page(viewer, error), error.status, headers)
         else:
             response = Response.error(error)

@@ -2459,6 +2459,38 @@ class TestConsole:
         for _ in range(2):
             console.registry.steps.put("stop")
 
+    def test_a_form_of_too_many_fields_is_refused(self, console):
+        headers = {**FORM, "Authorization": ADMIN, "Accept": BROWSER_ACCEPT}
+        answer = console.client.request("POST", "/console/selection", "action=delete" + "&job_id=x" * 300, headers)
+        assert answer.status == 413 and b"A form may have" in answer.body
+
+    def test_signing_in_after_a_lost_session_leads_to_a_page(self, console):
+        answer = console.client.request(
+            "POST", "/console/selection", "action=delete", {**FORM, "Accept": BROWSER_ACCEPT}
+        )
+        assert answer.status == 403 and b'href="/login?next=/job"' in answer.body
+
+    def test_what_is_nested_as_deep_as_python_goes_is_shown(self, console):
+        @console.registry.synchronous
+        def nest(task_id, input):
+            value = 1
+            for _ in range(input["data"]):
+                value = [value]
+            return value
+
+        @console.registry.synchronous
+        def nest_error(task_id, input):
+            error = csp.JobError("deep")
+            error.as_dict = lambda: {"message": "deep", "x": nest(task_id, input)}
+            raise error
+
+        for depth in (50, 700, 850, 950, 985):
+            for job_type in ("nest", "nest_error"):
+                job = console.client.submit(job_type, depth)
+                assert page_of(console.client, "/job/" + job["job_id"]).status == 200
+                assert job["error"] is None or re.match("deep|.*recursion", job["error"]["message"])
+        assert page_of(console.client, "/").status == 200
+
     def test_enter_in_the_field_for_the_key_resubmits(self, console):
         console.client.submit("echo", "x")
         page = page_of(console.client, "/job").body.decode()
