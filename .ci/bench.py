@@ -3,19 +3,24 @@
 ``python .ci/bench.py [--peer PYTHON] [--rounds 3] [--seconds 3] [--only NAME,...] [--quick] [--json FILE]``; PYTHON is
 that of a virtual environment with ckanserviceprovider==1.2.0 and, if there, gunicorn and waitress. Requests are made by
 ``wrk`` (Debian's package), else by processes of this file. Only ratios mean anything: it runs the programs in turns,
-several times, and prints medians. The floors are a threaded socket loop with a hand-made parser (``constant``), that
-with one row written durably for each request (``durable``), and http.server with sqlite3 for the start (``stdlib``). It
-is no test: nothing fails because it is slow."""
+several times, and prints medians. The floors are the least Python that does the work, with no check and no feature: a
+threaded socket loop that parses each head into a dictionary and answers always the same (``constant``); that loop with
+JSON in and out, ids, times, and for each submission the row that csp.py stores, with csp.py's indexes, in a commit for
+all that wait (``durable``; an asynchronous job is run and updated in turn, as it is by csp.py meanwhile); and
+http.server with sqlite3 for the start (``stdlib``). It is no test: nothing fails because it is slow."""
 
 import argparse
+import datetime
 import functools
 import http.client
+import itertools
 import json
 import os
 import platform
 import py_compile
 import queue
 import re
+import secrets
 import selectors
 import shutil
 import signal
@@ -112,37 +117,52 @@ end
 
 # -- The floors
 
+class Asked(NamedTuple):
+    """A request to a floor: fields by lower-case name."""
+
+    method: str
+    target: str
+    fields: Dict[str, str]
+    body: bytes
+
+
+Respond = Callable[[Asked], bytes]
+
+
 def answer(body: bytes) -> bytes:
     """Return a whole response with ``body``."""
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
-def _body_length(head: bytes) -> int:
-    start = head.lower().find(b"\r\ncontent-length:")
-    return int(head[start + 17:].split(b"\r\n", 1)[0]) if start >= 0 else 0
+def _parse_head(head: bytes) -> Tuple[str, str, Dict[str, str]]:
+    request_line, *lines = head.decode("latin-1").split("\r\n")
+    method, target, _ = request_line.split(" ")
+    fields = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        fields[name.lower()] = value.strip()
+    return method, target, fields
 
 
-def _read_request(connection: socket.socket, data: bytes) -> Tuple[bytes, bytes, bytes]:
-    """Return head, body and what came after them; an empty head at the end of the connection."""
+def _read_request(connection: socket.socket, data: bytes) -> Tuple[Optional[Asked], bytes]:
+    """Return a request and what came after it; None at the end of the connection."""
     while (end := data.find(b"\r\n\r\n")) < 0:
         more = connection.recv(65_536)
         if not more:
-            return b"", b"", b""
+            return None, b""
         data += more
-    head, begin = data[:end], end + 4
-    missing = begin + _body_length(head) - len(data)
-    if missing <= 0:
-        return head, data[begin:len(data) + missing], data[len(data) + missing:]
-    parts = [data[begin:]]
+    method, target, fields = _parse_head(data[:end])
+    begin, length = end + 4, int(fields.get("content-length", "0"))
+    parts, missing = [data[begin:begin + length]], begin + length - len(data)
     while missing > 0:
         parts.append(connection.recv(min(missing, 1 << 20)))
         if not parts[-1]:
-            return b"", b"", b""
+            return None, b""
         missing -= len(parts[-1])
-    return head, b"".join(parts), b""
+    return Asked(method, target, fields, b"".join(parts)), data[begin + length:]
 
 
-def _accept_for_ever(listener: socket.socket, respond: Callable[[bytes, bytes], bytes]) -> None:
+def _accept_for_ever(listener: socket.socket, respond: Respond) -> None:
     while True:
         try:
             connection, _ = listener.accept()
@@ -151,17 +171,17 @@ def _accept_for_ever(listener: socket.socket, respond: Callable[[bytes, bytes], 
         with connection:
             try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                rest, open_ = b"", True
-                while open_:
-                    head, body, rest = _read_request(connection, rest)
-                    open_ = bool(head) and b"onnection: close" not in head
-                    if head:
-                        connection.sendall(respond(head, body))
+                rest, is_open = b"", True
+                while is_open:
+                    asked, rest = _read_request(connection, rest)
+                    is_open = asked is not None and asked.fields.get("connection", "").lower() != "close"
+                    if asked is not None:
+                        connection.sendall(respond(asked))
             except OSError:
                 pass
 
 
-def serve(port: int, respond: Callable[[bytes, bytes], bytes], threads: int) -> Tuple[socket.socket, int]:
+def serve(port: int, respond: Respond, threads: int) -> Tuple[socket.socket, int]:
     """Serve in that many threads, which accept and then serve one connection each; return listener and port."""
     listener = socket.create_server((LOCAL, port), backlog=1024)
     for _ in range(threads):
@@ -169,36 +189,74 @@ def serve(port: int, respond: Callable[[bytes, bytes], bytes], threads: int) -> 
     return listener, listener.getsockname()[1]
 
 
-def durable_insert(path: str) -> Callable[[bytes, bytes], bytes]:
-    """Return an answer to requests that writes the body as a row and returns it after the commit."""
-    waiting: "queue.SimpleQueue[Tuple[bytes, threading.Lock]]" = queue.SimpleQueue()
+class DurableFloor:
+    """The least Python that stores echo jobs: the row that csp.py stores, with its indexes, and a commit for a group.
 
-    def write() -> None:
-        connection = sqlite3.connect(path, isolation_level=None)
-        for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL",
-                          "CREATE TABLE IF NOT EXISTS jobs (seq INTEGER PRIMARY KEY, job_id TEXT UNIQUE, body BLOB)"):
-            connection.execute(statement)
+    A synchronous job is one row, finished; an asynchronous one a queued row and, from a worker, an update when it has
+    run. Nothing is checked, claimed, counted, recovered, called back, limited or logged.
+    """
+
+    def __init__(self, path: str) -> None:
+        sys.path.insert(0, str(CSP.parent))
+        import csp
+        self._path, self._schema, self._fields = path, csp._SCHEMA, csp.Job._fields
+        self._waiting: "queue.SimpleQueue[Tuple[bool, Tuple[Any, ...], Callable[[], Any]]]" = queue.SimpleQueue()
+        self._queued: "queue.SimpleQueue[Dict[str, Any]]" = queue.SimpleQueue()
+        self._seqs = itertools.count(1)
+        for target in (self._write, self._work):
+            threading.Thread(target=target, daemon=True).start()
+
+    def respond(self, asked: Asked) -> bytes:
+        """Answer a request: a submission when it is on the disk."""
+        if asked.method != "POST":
+            return answer(b'{"stats": {"pending": 0}}')
+        body = json.loads(asked.body)
+        is_done = body["job_type"] == "echo"
+        now = _now()
+        job: Dict[str, Any] = dict.fromkeys(self._fields)
+        job.update(seq=next(self._seqs), job_id=str(uuid.uuid4()), job_key=secrets.token_hex(16),
+                   job_type=body["job_type"], status="pending", sent_data=json.dumps(body["data"]),
+                   requested_timestamp=now, run_at=time.time(), api_key=body["api_key"], attempts=0, crashes=0,
+                   failures=0, synchronous=int(is_done), cancelled=0, callback_attempts=0)
+        if is_done:
+            job.update(status="complete", data=json.dumps(">" + body["data"]), started_timestamp=now, run_at=None,
+                       finished_timestamp=_now(), attempts=1, api_key=None)
+        lock = threading.Lock()
+        lock.acquire()
+        self._waiting.put((True, tuple(job.values()), lock.release))
+        lock.acquire()
+        if not is_done:
+            self._queued.put(job)
+        shown = {name: value for name, value in job.items() if name not in ("seq", "api_key", "run_at")}
+        return answer(json.dumps({**shown, "sent_data": body["data"]}).encode())
+
+    def _work(self) -> None:
         while True:
-            batch = [waiting.get()]
-            while len(batch) < 500 and not waiting.empty():
-                batch.append(waiting.get())
+            job = self._queued.get()
+            data = json.dumps(">" + json.loads(job["sent_data"]))
+            self._waiting.put((False, ("complete", data, _now(), job["seq"]), int))
+
+    def _write(self) -> None:
+        connection = sqlite3.connect(self._path, isolation_level=None)
+        for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", *self._schema):
+            connection.execute(statement)
+        insert = f"INSERT INTO jobs ({', '.join(self._fields)}) VALUES ({', '.join('?' * len(self._fields))})"
+        update = """UPDATE jobs SET status = ?, data = ?, finished_timestamp = ?, run_at = NULL, api_key = NULL
+            WHERE seq = ?"""
+        while True:
+            batch = [self._waiting.get()]
+            while len(batch) < 500 and not self._waiting.empty():
+                batch.append(self._waiting.get())
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("INSERT INTO jobs (job_id, body) VALUES (?, ?)",
-                                   [(str(uuid.uuid4()), body) for body, _ in batch])
+            connection.executemany(insert, [row for is_new, row, _ in batch if is_new])
+            connection.executemany(update, [row for is_new, row, _ in batch if not is_new])
             connection.execute("COMMIT")
-            for _, lock in batch:
-                lock.release()
+            for _, _, then in batch:
+                then()
 
-    def respond(head: bytes, body: bytes) -> bytes:
-        if body:
-            lock = threading.Lock()
-            lock.acquire()
-            waiting.put((body, lock))
-            lock.acquire()
-        return answer(body or b'{"stats": {"pending": 0}}')
 
-    threading.Thread(target=write, daemon=True).start()
-    return respond
+def _now() -> str:
+    return datetime.datetime.now().isoformat(timespec="microseconds")  # noqa: DTZ005 - local time, as csp.py has it
 
 
 # -- Load
@@ -277,7 +335,7 @@ def _own_load(port: int, request: Request, connections: int, seconds: float) -> 
 
 def _complete(data: bytes) -> bool:
     end = data.find(b"\r\n\r\n")
-    return end >= 0 and b"content-length" in data[:end].lower() and len(data) >= end + 4 + _body_length(data[:end])
+    return end >= 0 and len(data) >= end + 4 + int(_parse_head(data[:end])[2].get("content-length", sys.maxsize))
 
 
 def generate(port: int, request: Request, connections: int, seconds: float) -> None:
@@ -485,7 +543,7 @@ def measure_callbacks(program: Program, seconds: float) -> Values:
     """From a submission to its callback, one after the other, in ms."""
     received: "queue.SimpleQueue[float]" = queue.SimpleQueue()
 
-    def respond(head: bytes, body: bytes) -> bytes:
+    def respond(_: Asked) -> bytes:
         received.put(time.perf_counter())
         return answer(b"{}")
 
@@ -743,7 +801,7 @@ def main() -> None:
         return
     if options.floor:
         kind, port = options.floor.split()
-        serve(int(port), durable_insert("floor.db") if kind == "durable" else lambda head, body: answer(b"{}"), 320)
+        serve(int(port), DurableFloor("floor.db").respond if kind == "durable" else lambda _: answer(b"{}"), 320)
         threading.Event().wait()
     if options.quick:
         options.rounds, options.seconds = 1, 1.0
