@@ -66,7 +66,6 @@ import types
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 import weakref
 from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -263,7 +262,7 @@ _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=
 
 def to_json(value: Any) -> str:
     """Return ``value`` as JSON text that UTF-8 can carry; raise ValueError, TypeError or RecursionError if none is."""
-    text = _encode_json(value)
+    text = _quote(value) if type(value) is str else _encode_json(value)
     if not text.isascii():
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return text
@@ -1015,6 +1014,13 @@ class StoringHandler(logging.Handler):
                 return False
             logger = logger.parent if logger.propagate else None
         return True
+
+
+def make_ids() -> Tuple[str, str]:
+    """Return a new job's id, a random UUID (RFC 9562, version 4), and its key: 122 and 128 random bits."""
+    digits = os.urandom(32).hex()
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}", digits[32:])
 
 
 _MADE_ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # ours: no logger can have had that name before
@@ -4457,9 +4463,8 @@ def read_body(request: Request) -> Dict[str, Any]:
 
 def check_submission(body: Dict[str, Any], registry: Registry) -> Submission:
     """Return the checked submission; raise Conflict with the sentence of the first thing that is wrong."""
-    extra = sorted(set(body) - SUBMIT_KEYS)
-    if extra:
-        raise Conflict(f"Too many arguments. Extra keys are {', '.join(extra)}")
+    if not SUBMIT_KEYS.issuperset(body):
+        raise Conflict(f"Too many arguments. Extra keys are {', '.join(sorted(set(body) - SUBMIT_KEYS))}")
     result_url = body.get("result_url")
     if result_url == "":
         result_url = None
@@ -4733,6 +4738,8 @@ class Service:
 
         Whoever sends ``wait`` wants an answer in that time, so that a synchronous job is queued then, too.
         """
+        if "prefer" not in request.headers:
+            return 0, []
         given = request.preferences
         applied = ["respond-async"] if request.method != "GET" and given.get("respond-async") == "" else []
         wait = 0
@@ -4755,12 +4762,13 @@ class Service:
     def _new_job(self, submission: Submission, job_id: Optional[str], origin: Optional[str],
                  is_synchronous: bool) -> Job:
         now = time.time()
-        job_key = secrets.token_hex(16)
+        requested = timestamp(now)
+        made_id, job_key = make_ids()
         return Job(
-            seq=self.store.take_seq(), job_id=job_id or str(uuid.uuid4()), job_type=submission.job_type.name,
+            seq=self.store.take_seq(), job_id=job_id or made_id, job_type=submission.job_type.name,
             status=PENDING, sent_data=submission.data, data=None, error=None, metadata=submission.metadata,
             result_url=submission.result_url, api_key=submission.api_key, job_key=job_key,
-            requested_timestamp=timestamp(now), started_timestamp=timestamp(now) if is_synchronous else None,
+            requested_timestamp=requested, started_timestamp=requested if is_synchronous else None,
             finished_timestamp=None, run_at=None if is_synchronous else now, attempts=int(is_synchronous),
             synchronous=int(is_synchronous), cancelled=0, progress=None, callback_status=None, callback_attempts=0,
             callback_error=None, callback_at=None, resubmitted_from=origin,
@@ -5215,14 +5223,15 @@ SPARE_THREAD_SECONDS = 5.0  # how long a connection thread waits for another con
 RECEIVE_BYTES = 65_536
 LARGE_BYTES = 2**20  # what is larger is not copied more than need be
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
-_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
+_REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
+_FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
 _ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect"))
-_SECURITY_LINES = [(name, f"{name}: {value}\r\n") for name, value in SECURITY_HEADERS]
+_SECURITY_LINES = {name: f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS}
+_SECURITY_TEXT = "".join(_SECURITY_LINES.values())
 
 _FULL_HOUSE = (b"HTTP/1.1 503 Service Unavailable\r\nServer: csp\r\nContent-Type: application/json\r\n"
                b"Retry-After: 5\r\nConnection: close\r\n\r\n"
@@ -5240,7 +5249,9 @@ class Head(NamedTuple):
     @property
     def keeps_alive(self) -> bool:
         """Whether the client leaves the connection open (RFC 9112, section 9.3)."""
-        options = {option.strip().lower() for option in self.headers.get("connection", "").split(",")}
+        if "connection" not in self.headers:
+            return not self.is_http_1_0
+        options = {option.strip().lower() for option in self.headers["connection"].split(",")}
         return "keep-alive" in options if self.is_http_1_0 else "close" not in options
 
 
@@ -5265,31 +5276,30 @@ class Limits(NamedTuple):
 
 def parse_head(head: bytes, limits: Limits) -> Head:
     """Parse request line and fields; raise the CspError of what RFC 9112 and RFC 9110 do not allow."""
-    lines = head.split(b"\r\n")
+    lines = head.decode("latin-1").split("\r\n")
     if len(lines[0]) > limits.max_url_bytes:
         raise UriTooLong(f"The request line is longer than {limits.max_url_bytes} bytes.")
     line = _REQUEST_LINE.fullmatch(lines[0])
     if line is None:
         raise BadRequest("The request line is not one of HTTP/1.1.")
-    if line[3] != b"1":
+    if line[3] != "1":
         raise VersionNotSupported("Only HTTP/1.0 and HTTP/1.1 are spoken here.")
     if len(lines) - 1 > limits.max_header_fields:
         raise HeadersTooLarge(f"There are more than {limits.max_header_fields} header fields.")
     headers = _parse_fields(lines[1:])
-    is_http_1_0 = line[4] == b"0"
+    is_http_1_0 = line[4] == "0"
     if not _HOST.fullmatch(headers.get("host", "" if is_http_1_0 else "\n")):
         raise BadRequest("There has to be one valid Host field.")
-    method = line[1].decode("ascii")
-    return Head(method, _local_target(line[2].decode("ascii"), method), headers, is_http_1_0)
+    return Head(line[1], _local_target(line[2], line[1]), headers, is_http_1_0)
 
 
-def _parse_fields(lines: Iterable[bytes]) -> Dict[str, str]:
+def _parse_fields(lines: Iterable[str]) -> Dict[str, str]:
     headers: Dict[str, str] = {}
     for line in lines:
         field = _FIELD.fullmatch(line)
         if field is None:
             raise BadRequest("A header field is malformed.")
-        name, value = field[1].decode("ascii").lower(), field[2].decode("latin-1").strip(" \t")
+        name, value = field[1].lower(), field[2].strip(" \t")
         if name in headers:
             if name in _SINGLE_FIELDS:
                 raise BadRequest(f"The field {name} is there twice.")
@@ -5426,15 +5436,16 @@ class RequestHandler(socketserver.BaseRequestHandler):
         self.is_idle, self.idle_since = not self._buffer, time.monotonic()
         deadline = time.monotonic() + (self._limits.idle_seconds if self.is_idle else self._limits.header_seconds)
         while True:
-            while self._buffer.startswith(b"\r\n"):  # RFC 9112, section 2.2: ignore empty lines before a request
-                del self._buffer[:2]
-            end = self._buffer.find(b"\r\n\r\n")
-            if 0 <= end <= self._limits.max_header_bytes:
-                head = bytes(self._buffer[:end])
-                del self._buffer[:end + 4]
-                self.is_idle = False
-                return head
-            self._check_partial_head()
+            if self._buffer:
+                while self._buffer.startswith(b"\r\n"):  # RFC 9112, section 2.2: ignore empty lines before a request
+                    del self._buffer[:2]
+                end = self._buffer.find(b"\r\n\r\n")
+                if 0 <= end <= self._limits.max_header_bytes:
+                    head = bytes(self._buffer[:end])
+                    del self._buffer[:end + 4]
+                    self.is_idle = False
+                    return head
+                self._check_partial_head()
             try:
                 self._receive(deadline)
             except RequestTimeout:
@@ -5539,7 +5550,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             line = self._read_line(deadline)
             if not line:
                 return
-            _parse_fields([line])
+            _parse_fields([line.decode("latin-1")])
         raise BadRequest("There are too many trailers.")
 
     # -- sending
@@ -5573,9 +5584,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
                     raise _Disconnected
 
     def _build_head(self, response: Response, framing: str, keeps_alive: bool) -> bytes:
-        fields = "".join([f"{name}: {value}\r\n" for name, value in response.headers])
-        names = {name for name, _ in response.headers}
-        fields += "".join([line for name, line in _SECURITY_LINES if name not in names])
+        fields = _SECURITY_TEXT
+        if response.headers:
+            lines = {**_SECURITY_LINES, **{name: "" for name, _ in response.headers}}
+            fields = "".join([f"{name}: {value}\r\n" for name, value in response.headers] + [*lines.values()])
         is_http_1_0 = self._head is not None and self._head.is_http_1_0
         connection = "" if keeps_alive != is_http_1_0 else f"Connection: {'keep-alive' if keeps_alive else 'close'}\r\n"
         text = (f"HTTP/1.1 {response.status} {_REASONS.get(response.status, '')}\r\nServer: csp\r\n"
@@ -5933,6 +5945,7 @@ def configure_logging(settings: Settings) -> None:
         log.addHandler(handler)
     log.setLevel(logging.DEBUG if settings["DEBUG"] else logging.INFO)
     log.propagate = False
+    access_log.disabled = not handlers  # lines that nobody reads need not be made
 
 
 def announce(server: Server, stream: TextIO) -> None:

@@ -1639,6 +1639,15 @@ def messages(job):
 
 
 class TestJobs:
+    def test_ids_are_random_uuids_and_keys_have_128_bits(self):
+        made = [csp.make_ids() for _ in range(200)]
+        for job_id, key in made:
+            assert uuid.UUID(job_id).version == 4 and uuid.UUID(job_id).variant == uuid.RFC_4122
+            assert str(uuid.UUID(job_id)) == job_id and csp._MADE_ID.fullmatch(job_id)
+            assert re.fullmatch("[0-9a-f]{32}", key) and key[:8] not in job_id
+        assert len({text for pair in made for text in pair}) == 400
+        assert {job_id[19] for job_id, _ in made} == set("89ab")
+
     @pytest.mark.parametrize("new", [csp.QUEUED, csp.RUNNING, csp.COMPLETE, csp.ERROR])
     @pytest.mark.parametrize("old", [csp.QUEUED, csp.RUNNING, csp.COMPLETE, csp.ERROR])
     def test_the_lifecycle_is_the_table(self, old, new):
@@ -6779,6 +6788,20 @@ class TestCommandLine:
             handler.close()
             log.handlers[:], log.propagate = handlers, True
             log.setLevel(level)
+
+    def test_access_lines_are_not_made_where_nobody_reads_them(self, start, tmp_path):
+        handlers, level = list(csp.log.handlers), csp.log.level
+        running = start()
+        try:
+            for settings, count in (({}, 0), ({"LOG_FILE": str(tmp_path / "a.log")}, 1)):
+                csp.configure_logging(csp.Settings({**SETTINGS, "STDERR": False, **settings}))
+                running.server.access.add("127.0.0.1", ("GET", "/", 1), 200, 2, 0.1)
+                assert len(running.server.access._entries) == count
+        finally:
+            running.server.access.flush()
+            csp.log.handlers[0].close()
+            csp.log.handlers[:], csp.log.propagate = handlers, True
+            csp.log.setLevel(level)
 
     def test_access_lines_are_in_common_log_format_without_secrets(self, launch):
         server = launch(DOCUMENTED_MODULE)
