@@ -659,7 +659,7 @@ TRANSITIONS: Dict[str, FrozenSet[str]] = {
     ERROR: frozenset(),
 }
 MAX_ATTEMPTS = 3  # a job that ends the whole process each time must not do so for ever
-LARGE_CHARACTERS = 2**20  # a job with more is not put together before it is sent
+LARGE_CHARACTERS = 2**20  # a text with more is not copied more than need be, and sent in pieces of so many
 MAX_LOG_MESSAGE = 65_536  # characters; what is longer belongs into the result
 BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time,
 BACKOFF_JITTER = 1.5  # times up to that
@@ -718,6 +718,11 @@ class Job(NamedTuple):
         if self.status != PENDING:
             return self.status
         return RUNNING if self.run_at is None else QUEUED
+
+    @property
+    def is_large(self) -> bool:
+        """Whether copies of it are to be avoided."""
+        return len(self.sent_data or "") + len(self.data or "") >= LARGE_CHARACTERS
 
     @property
     def is_suspect(self) -> bool:
@@ -793,12 +798,26 @@ def render_job(job: Job, logs: Iterable[LogLine], job_key: bool = False, callbac
     return "".join(_job_texts(job, logs, job_key, callback_error)).encode("utf-8")
 
 
-def render_parts(job: Job, logs: Iterable[LogLine], job_key: bool = False) -> Union[bytes, List[bytes]]:
-    """Return what ``render_job`` does, a large job in several pieces: joining them would hold it once more."""
+class Pieces:
+    """Texts that are too large to be joined and encoded as one: iterating yields them in pieces, as UTF-8."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+
+    def __len__(self) -> int:
+        """Return the number of bytes."""
+        return sum(map(len, self._texts if all(text.isascii() for text in self._texts) else self))
+
+    def __iter__(self) -> Iterator[bytes]:
+        for text in self._texts:
+            for begin in range(0, len(text), LARGE_CHARACTERS):
+                yield text[begin:begin + LARGE_CHARACTERS].encode("utf-8")
+
+
+def render_parts(job: Job, logs: Iterable[LogLine], job_key: bool = False) -> Union[bytes, Pieces]:
+    """Return what ``render_job`` does, a large job in pieces that are made while it is sent."""
     texts = _job_texts(job, logs, job_key, True)
-    if sum(map(len, texts)) < LARGE_CHARACTERS:
-        return "".join(texts).encode("utf-8")
-    return [text.encode("utf-8") for text in texts]
+    return "".join(texts).encode("utf-8") if sum(map(len, texts)) < LARGE_CHARACTERS else Pieces(texts)
 
 
 def _job_texts(job: Job, logs: Iterable[LogLine], job_key: bool, callback_error: bool) -> List[str]:
@@ -1147,10 +1166,11 @@ _OLD_TABLES = {0: ("logs", "metadata", "jobs"), 1: ("logs", "metadata", "jobs", 
 _JOB_COLUMNS = ", ".join(Job._fields)
 _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "status = 'pending' AND run_at IS NULL"}
 _INSERT_JOB = f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
-_JOB_ROWS = (32, 8, 4, 2, 1)  # rows for each statement: fewer values than SQLite's oldest limit of 999
+_JOB_ROWS = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # for each statement: fewer values than SQLite's oldest limit of 999
 _INSERT_JOBS = {count: _INSERT_JOB + f", ({', '.join('?' * len(Job._fields))})" * (count - 1) for count in _JOB_ROWS}
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
 _SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
+_SELECT_RESULT = re.sub(r"\bsent_data\b", "NULL", _SELECT_JOB)
 _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
     callback_status = ?, callback_at = ?, api_key = ?, run_at = NULL
     WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
@@ -1198,6 +1218,17 @@ class Transaction:
         if self._jobs:
             self.insert_jobs()
         self._connection.executemany(statement, rows)
+
+    def execute_large(self, statement: str, values: Sequence[Any]) -> int:
+        """Execute a statement that may hold large values; return how many rows it has changed.
+
+        SQLite keeps a copy of the values until the statement has others, so that it is given others that fail.
+        """
+        count = self.execute(statement, values).rowcount
+        if sum(len(value) for value in values if isinstance(value, (str, bytes))) >= LARGE_CHARACTERS:
+            with suppress(sqlite3.IntegrityError):
+                self._connection.execute(statement, (None,) * len(values))
+        return count
 
     def insert_soon(self, job: Job) -> None:
         """Insert the row of a job whose id nobody else can have, together with others."""
@@ -1353,19 +1384,21 @@ class Store:
         return result
 
     def _run_writer(self) -> None:
-        write = self._queue.get()
-        while write is not None:
-            batch = [write]
-            while len(batch) < BATCH_WRITES and not self._queue.empty():
-                write = self._queue.get()
-                if write is None:
-                    break
-                batch.append(write)
-            else:
-                write = batch[-1]
+        goes_on = True
+        while goes_on:
+            goes_on = self._commit_waiting()
+
+    def _commit_waiting(self) -> bool:
+        """Wait for a write and commit it with those that wait behind it; return False when the store is closed."""
+        batch: List[Write] = []
+        while not batch or (len(batch) < BATCH_WRITES and not self._queue.empty()):
+            write = self._queue.get()
+            if write is None:
+                break
+            batch.append(write)
+        if batch:
             self._commit(batch)
-            if write is not None:
-                write = self._queue.get()
+        return write is not None
 
     def _commit(self, batch: List[Write]) -> None:
         """Run the operations in one transaction and tell each caller; never raises."""
@@ -1459,9 +1492,9 @@ class Store:
             except sqlite3.OperationalError as error:
                 raise Unavailable(f"The database cannot be read ({error}); try again.") from None
 
-    def get_job(self, job_id: str) -> Optional[Job]:
-        """Return the job, or None."""
-        rows = self._read(_SELECT_JOB + "WHERE job_id = ?", (job_id,))
+    def get_job(self, job_id: str, has_sent_data: bool = True) -> Optional[Job]:
+        """Return the job (with its ``sent_data`` or without), or None."""
+        rows = self._read((_SELECT_JOB if has_sent_data else _SELECT_RESULT) + "WHERE job_id = ?", (job_id,))
         return Job._make(rows[0]) if rows else None
 
     def get_light_jobs(self, seqs: Iterable[int]) -> List[Job]:
@@ -1678,9 +1711,9 @@ class Store:
         def operation(transaction: Transaction) -> Optional[Job]:
             if is_new:
                 _insert_job(transaction, finished, is_new_id=True, counted_as=PENDING)
-            elif not transaction.execute(_FINISH_JOB[job.state], (
+            elif not transaction.execute_large(_FINISH_JOB[job.state], (
                     finished.status, finished.data, finished.error, finished.finished_timestamp, finished.progress,
-                    finished.callback_status, finished.callback_at, finished.api_key, job.seq, job.attempts)).rowcount:
+                    finished.callback_status, finished.callback_at, finished.api_key, job.seq, job.attempts)):
                 return None
             if run is not None:
                 _add_lines(transaction, run)
@@ -1810,11 +1843,11 @@ class Store:
 
 def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as: str = "") -> None:
     """Insert the job with its metadata; raise Conflict if its id is taken."""
-    if is_new_id and not transaction.is_alone:
+    if is_new_id and not transaction.is_alone and not job.is_large:
         transaction.insert_soon(job)
     else:
         try:
-            transaction.execute(_INSERT_JOB, job)
+            transaction.execute_large(_INSERT_JOB, job)
         except sqlite3.IntegrityError:
             raise Conflict(f"job_id {job.job_id} already exists") from None
     if job.metadata is not None:
@@ -2395,7 +2428,8 @@ MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.
 SWITCH_SECONDS = (0.005, 0.0005)  # sys.setswitchinterval: usually, and while jobs run longer than
 LONG_JOB_SECONDS = 0.25
 HOLD_TURNS = 50  # of so many seconds without one before the thread that looks after them sleeps
-HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it ends, too
+HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it ends, too; and for each character that
+HOLD_SECONDS_PER_CHARACTER = 2.0**-25  # was sent, so much: to write a large one twice is no help to anybody
 PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
 ALONE_SECONDS = 60.0  # how long a suspect runs alone: whoever kills the process must not take the others along again
 STOPPED = "The service stopped while the job was running."
@@ -2567,11 +2601,13 @@ class Runner:
         else:
             self._store.mark_queued(job, run_at, run, self.wake)
 
-    def run_now(self, job: Job, is_new_id: bool) -> Tuple[JobRun, Union[Job, None, Iterator[bytes]]]:
+    def run_now(self, job: Job, is_new_id: bool, read_input: Callable[[], Dict[str, Any]],
+                ) -> Tuple[JobRun, Union[Job, None, Iterator[bytes]]]:
         """Run a synchronous job in this thread; return how it ended, or a stream that ends the job when it ends.
 
-        None stands for a job that was deleted meanwhile. ``is_new_id``: this service made the id, so that nobody can
-        have taken it, and one commit will do: if the job ends soon, its row is stored when it has ended, not before.
+        None stands for a job that was deleted meanwhile. ``read_input`` returns the submitted object (and should keep
+        none: it may be large). ``is_new_id``: this service made the id, so that nobody can have taken it, and one
+        commit will do: if the job ends soon, its row is stored when it has ended, not before.
         """
         job_type = self._registry.get(job.job_type)
         assert job_type is not None, "a submission has been checked"
@@ -2583,7 +2619,7 @@ class Runner:
             if not self._has_held.is_set():
                 self._has_held.set()
         try:
-            outcome = self._call(job_type, run, job.read_input)
+            outcome = self._call(job_type, run, read_input)
             if callable(outcome):
                 self._store_held(job.seq, must_wait=True)
         except BaseException:
@@ -2616,7 +2652,8 @@ class Runner:
             pause.wait(HOLD_SECONDS)
             quiet_turns = 0 if self._held else quiet_turns + 1
             late = time.monotonic() - HOLD_SECONDS
-            for seq in [seq for seq, (_, run) in list(self._held.items()) if run.started < late]:
+            for seq in [seq for seq, (job, run) in list(self._held.items())
+                        if run.started + len(job.sent_data or "") * HOLD_SECONDS_PER_CHARACTER < late]:
                 with suppress(Unavailable):  # the next turn, or its end, tries again
                     self._store_held(seq)
 
@@ -3072,11 +3109,11 @@ class Request:
 
 
 class Response:
-    """An answer. ``body`` is bytes, or a list of them; or an iterator that is sent as it comes and always closed."""
+    """An answer. ``body`` is bytes, or Pieces of them; or an iterator that is sent as it comes and always closed."""
 
     __slots__ = ("status", "body", "content_type", "headers")
 
-    def __init__(self, status: int = 200, body: Union[bytes, List[bytes], Iterator[bytes]] = b"",
+    def __init__(self, status: int = 200, body: Union[bytes, Pieces, Iterator[bytes]] = b"",
                  content_type: str = "application/json", headers: Iterable[Tuple[str, str]] = ()) -> None:
         self.status = status
         self.body = body
@@ -3118,13 +3155,14 @@ def render_event(name: str, value: Any, event_id: Optional[int] = None) -> bytes
     return f"event: {name}\n{identifier}data: {to_json(value)}\n\n".encode("utf-8")
 
 
-def _raw_result(data: Union[str, bytes, None]) -> Tuple[bytes, str]:
+def _raw_result(data: Union[str, bytes, None]) -> Tuple[Union[bytes, Pieces], str]:
     """Return the result's bytes, a string as its text, and the media type unless the metadata knows better."""
     if isinstance(data, bytes):
         return data, "application/octet-stream"
-    if data is not None and data.startswith('"'):
-        return json.loads(data).encode("utf-8"), "text/plain; charset=utf-8"
-    return (data or "null").encode("utf-8"), "application/json"
+    is_text = data is not None and data.startswith('"')
+    text = json.loads(data or "") if is_text else data or "null"
+    body = text.encode("utf-8") if len(text) < LARGE_CHARACTERS else Pieces([text])
+    return body, "text/plain; charset=utf-8" if is_text else "application/json"
 
 
 class Route(NamedTuple):
@@ -4430,13 +4468,17 @@ _STATUS_LABELS = {status: ("status", str(status)) for status in map(int, http.HT
 
 
 class Submission(NamedTuple):
-    """A submitted body, checked; ``data`` and ``metadata`` are JSON texts, None where not given."""
+    """A submitted body, checked; ``data`` and ``metadata`` are JSON texts, None where not given.
+
+    ``take_input`` returns what Job.read_input would, once.
+    """
 
     job_type: JobType
     api_key: Union[str, int, float]
     data: Optional[str]
     metadata: Optional[str]
     result_url: Optional[str]
+    take_input: Callable[[], Dict[str, Any]]
 
     def hash(self, job_key: str) -> str:
         """Return what tells that another body is the same as this, without keeping its api_key."""
@@ -4475,8 +4517,9 @@ def check_submission(body: Dict[str, Any], registry: Registry) -> Submission:
     metadata = body.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise Conflict("metadata has to be a json object")
+    input = {key: value for key, value in body.items() if key == "data" or value not in (None, "")}
     return Submission(job_type, api_key, _json_text(body, "data"),
-                      None if metadata is None else _json_text(body, "metadata"), result_url)
+                      None if metadata is None else _json_text(body, "metadata"), result_url, [input].pop)
 
 
 def _check_job_type(name: Any, registry: Registry) -> JobType:
@@ -4720,7 +4763,7 @@ class Service:
         wait, applied = self._read_preferences(request)
         job = self._new_job(submission, job_id, origin, submission.job_type.synchronous and not applied)
         if job.synchronous:
-            return self._run_now(job, is_new_id=job_id is None)
+            return self._run_now(job, job_id is None, submission.take_input)
         self.store.add_job(job, self.runner.wake, job_id is None).wait()
         if wait:
             return self._answer_with(job, wait, applied)
@@ -4775,9 +4818,9 @@ class Service:
             callback_host=callback_host(submission.result_url) if submission.result_url else None,
             submission_hash=submission.hash(job_key) if job_id is not None else None)
 
-    def _run_now(self, job: Job, is_new_id: bool) -> Response:
+    def _run_now(self, job: Job, is_new_id: bool, read_input: Callable[[], Dict[str, Any]]) -> Response:
         """Run a synchronous job and answer with it, or with the stream that it returned."""
-        run, ended = self.runner.run_now(job, is_new_id)
+        run, ended = self.runner.run_now(job, is_new_id, read_input)
         if ended is not None and not isinstance(ended, Job):
             try:
                 first = next(ended, b"")
@@ -4791,9 +4834,9 @@ class Service:
             raise NotFound("job_id not found")
         return Response(200, render_parts(ended, self.store.get_logs(ended) if run.line_count else (), job_key=True))
 
-    def _find_job(self, request: Request, job_id: str) -> Job:
+    def _find_job(self, request: Request, job_id: str, has_sent_data: bool = True) -> Job:
         """Return the job; raise NotFound, or Forbidden if the request may not see it."""
-        job = self.store.get_job(job_id) if not _BAD_ID.search(job_id) else None
+        job = self.store.get_job(job_id, has_sent_data) if not _BAD_ID.search(job_id) else None
         if job is None:
             raise NotFound("job_id not found")
         if not self.auth.may_see(request, job):
@@ -4810,7 +4853,7 @@ class Service:
     def show_data(self, request: Request, job_id: str) -> Response:
         """Show the raw result of a job."""
         wait, applied = self._read_preferences(request)
-        job = self._wait(self._find_job(request, job_id), wait)
+        job = self._wait(self._find_job(request, job_id, has_sent_data=False), wait)
         if job.status == ERROR:
             return Response(409, f'{{"error": {job.error or "null"}}}'.encode("utf-8"), headers=applied)
         if job.status != COMPLETE:
@@ -5559,10 +5602,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
         """Send the answer, in one piece if it is not streamed; return the body's bytes and whether to go on."""
         is_head = self._head is not None and self._head.method == "HEAD"
         body = response.body
-        if not isinstance(body, (bytes, list)):
+        if not isinstance(body, (bytes, Pieces)):
             return self._send_stream(response, keeps_alive)
         has_body = response.status not in (204, 304)
-        size = len(body) if isinstance(body, bytes) else sum(map(len, body))
+        size = len(body)
         head = self._build_head(response, f"Content-Length: {size}\r\n" if has_body else "", keeps_alive)
         if is_head or not has_body:
             body, size = b"", 0
@@ -5570,10 +5613,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
             self.connection.sendall(head + body)
         else:
             self.connection.sendall(head)
-            self._send_large(body if isinstance(body, list) else [body], size)
+            self._send_large([body] if isinstance(body, bytes) else body, size)
         return size, keeps_alive
 
-    def _send_large(self, parts: List[bytes], size: int) -> None:
+    def _send_large(self, parts: Iterable[bytes], size: int) -> None:
         """Send a large body; raise _Disconnected if the client is too slow, also if it reads a little all the time."""
         deadline = time.monotonic() + self._limits.send_seconds + size / self._limits.body_bytes_per_second
         for part in parts:
@@ -5597,7 +5640,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
 
     def _send_stream(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
         """Send a streamed body in chunks, to HTTP/1.0 until the end of the connection."""
-        assert not isinstance(response.body, (bytes, list))
+        assert not isinstance(response.body, (bytes, Pieces))
         is_head = self._head is not None and self._head.method == "HEAD"
         is_chunked = self._head is not None and not self._head.is_http_1_0
         framing = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
@@ -5866,8 +5909,8 @@ class Wsgi:
         names = {name for name, _ in headers}
         headers += [(name, value) for name, value in SECURITY_HEADERS if name not in names]
         content = [response.body] if isinstance(response.body, bytes) else response.body
-        if isinstance(content, list):
-            headers.append(("Content-Length", str(sum(map(len, content)))))
+        if isinstance(response.body, (bytes, Pieces)):
+            headers.append(("Content-Length", str(len(response.body))))
         body: Iterable[bytes] = [] if environ["REQUEST_METHOD"] == "HEAD" else content
         start_response(f"{response.status} {_REASONS.get(response.status, '')}", headers)
         return body
@@ -6256,7 +6299,8 @@ def _run_once(arguments: Sequence[str]) -> int:
         print(document.pop("traceback", ""), to_json(document), sep="", file=sys.stderr)
         return 1
     if outcome.data is not None:
-        sys.stdout.buffer.write(_raw_result(outcome.data)[0] + b"\n")
+        body = _raw_result(outcome.data)[0]
+        sys.stdout.buffer.writelines([body, b"\n"] if isinstance(body, bytes) else [*body, b"\n"])
     return 0
 
 

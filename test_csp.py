@@ -6307,6 +6307,20 @@ class TestTrouble:
         assert running.client.get("/job?a=1").json["list"] == [f"/job/{job['job_id']}" for job in reversed(jobs)]
         assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 2}
 
+    def test_a_large_synchronous_job_is_written_once_however_long_its_text_takes(self, start, monkeypatch):
+        running, batches, changed = start(), [], threading.Event()
+        commit = running.service.store._commit
+        monkeypatch.setattr(running.service.store, "_commit", lambda batch: (batches.append(batch), commit(batch)))
+        monkeypatch.setattr(csp, "HOLD_SECONDS_PER_CHARACTER", 60.0 / 2**21)
+
+        @running.service.registry.synchronous
+        def slow(task_id, input):
+            changed.wait(10 * csp.HOLD_SECONDS)
+            return len(input["data"])
+
+        assert running.client.submit("slow", "x" * 2**21)["data"] == 2**21 and len(batches) == 1
+        assert running.client.submit("slow", "x")["data"] == 1 and len(batches) == 3
+
     def test_a_synchronous_job_that_takes_longer_is_shown_with_its_log_while_it_runs(self, start):
         registry, go = csp.Registry(), threading.Event()
 
@@ -9943,6 +9957,19 @@ class TestWsgi:
         parts = application(environ, lambda status, headers: answer.extend((status, dict(headers))))
         return int(answer[0][:3]), answer[1], b"".join(parts)
 
+    @pytest.mark.parametrize("text", ["x", "\u00e4\u20ac\U0001f600"], ids=["ASCII", "more"])
+    def test_a_large_job_is_answered_in_pieces_of_known_length(self, service, text):
+        application = csp.Wsgi(service.service)
+        data = text * csp.LARGE_CHARACTERS
+        status, headers, body = self.call(application, "POST", "/job", body=json.dumps(submission(data=data)).encode())
+        job = json.loads(body)
+        assert (status, job["data"], headers["Content-Length"]) == (200, ">" + data, str(len(body)))
+        path = f"/job/{job['job_id']}/data"
+        _, headers, body = self.call(application, path=path, HTTP_AUTHORIZATION=job["job_key"])
+        assert body == (">" + data).encode() and headers["Content-Length"] == str(len(body))
+        answer = service.client.get(path, key=job["job_key"])
+        assert (answer.body, answer.headers["Content-Length"]) == (body, str(len(body)))
+
     def test_it_answers_like_the_server(self, service):
         application = csp.Wsgi(service.service)
         status, headers, body = self.call(application)
@@ -10064,6 +10091,19 @@ class TestOldNames:
             ["a@b.example", "c@d.example"],
         )
         csp.configure_logging(csp.Settings({"STDERR": False}))
+
+    @linux_only
+    def test_a_large_job_leaves_no_memory_behind_and_is_held_six_times_at_most(self, launch):
+        server = launch(ECHO_MODULE, environ={"CSP_MAX_BODY_BYTES": "100000000"})
+        client = server.client
+        client.submit("echo", "x")
+        memory, size = memory_kilobytes(server.process.pid), 40_000
+        job = client.submit("echo", "x" * size * 1024)
+        assert client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == b"x" * size * 1024
+        assert client.show(job)["sent_data"] == "x" * size * 1024
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1])
+        assert peak - memory < 6.6 * size
+        assert eventually(lambda: memory_kilobytes(server.process.pid) < memory + size // 2)
 
     @linux_only
     def test_a_converters_jobs_leave_no_memory_behind(self, launch):
