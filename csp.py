@@ -695,19 +695,19 @@ class Job(NamedTuple):
     api_key: Union[str, int, float, None]
     job_key: str
     requested_timestamp: str
-    started_timestamp: Optional[str]
-    finished_timestamp: Optional[str]
-    run_at: Optional[float]
-    attempts: int
-    synchronous: int
-    cancelled: int
-    progress: Optional[str]
-    callback_status: Optional[str]
-    callback_attempts: int
-    callback_error: Optional[str]
-    callback_at: Optional[float]
-    callback_host: Optional[str]
-    resubmitted_from: Optional[str]
+    started_timestamp: Optional[str] = None
+    finished_timestamp: Optional[str] = None
+    run_at: Optional[float] = None
+    attempts: int = 0
+    synchronous: int = 0
+    cancelled: int = 0
+    progress: Optional[str] = None
+    callback_status: Optional[str] = None
+    callback_attempts: int = 0
+    callback_error: Optional[str] = None
+    callback_at: Optional[float] = None
+    callback_host: Optional[str] = None
+    resubmitted_from: Optional[str] = None
     submission_hash: Optional[str] = None
     crashes: int = 0
     failures: int = 0
@@ -1035,9 +1035,16 @@ class StoringHandler(logging.Handler):
         return True
 
 
+_random_digits: List[str] = []  # of 64 each, in advance: asking the system hands the interpreter lock over
+
+
 def make_ids() -> Tuple[str, str]:
     """Return a new job's id, a random UUID (RFC 9562, version 4), and its key: 122 and 128 random bits."""
-    digits = os.urandom(32).hex()
+    try:
+        digits = _random_digits.pop()
+    except IndexError:
+        digits, *more = map("".join, zip(*[iter(os.urandom(2048).hex())] * 64))
+        _random_digits.extend(more)
     variant = "89ab"[int(digits[16], 16) & 3]
     return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}", digits[32:])
 
@@ -1895,6 +1902,7 @@ _closed_in_children: weakref.WeakSet[Any] = weakref.WeakSet()  # have a method `
 
 
 def _close_in_child() -> None:
+    _random_digits.clear()  # or the child would make the same ids and keys
     for owner in list(_closed_in_children):
         owner.close_in_child()
 
@@ -4812,9 +4820,8 @@ class Service:
             status=PENDING, sent_data=submission.data, data=None, error=None, metadata=submission.metadata,
             result_url=submission.result_url, api_key=submission.api_key, job_key=job_key,
             requested_timestamp=requested, started_timestamp=requested if is_synchronous else None,
-            finished_timestamp=None, run_at=None if is_synchronous else now, attempts=int(is_synchronous),
-            synchronous=int(is_synchronous), cancelled=0, progress=None, callback_status=None, callback_attempts=0,
-            callback_error=None, callback_at=None, resubmitted_from=origin,
+            run_at=None if is_synchronous else now, attempts=int(is_synchronous), synchronous=int(is_synchronous),
+            resubmitted_from=origin,
             callback_host=callback_host(submission.result_url) if submission.result_url else None,
             submission_hash=submission.hash(job_key) if job_id is not None else None)
 

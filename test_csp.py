@@ -1639,6 +1639,19 @@ def messages(job):
 
 
 class TestJobs:
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+    def test_a_forked_child_makes_other_ids(self):
+        csp.make_ids()
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(writer, csp.make_ids()[0].encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert os.read(reader, 100).decode() != csp.make_ids()[0]
+        for descriptor in (reader, writer):
+            os.close(descriptor)
+
     def test_ids_are_random_uuids_and_keys_have_128_bits(self):
         made = [csp.make_ids() for _ in range(200)]
         for job_id, key in made:
