@@ -25,7 +25,8 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
-# What few starts need is imported where it is used: csv, getpass, inspect and logging.handlers cost as much as sqlite3.
+# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, inspect, logging.handlers and
+# urllib.request cost more than sqlite3.
 import argparse
 import atexit
 import base64
@@ -34,8 +35,6 @@ import bisect
 import contextvars
 import email.utils
 import functools
-import hashlib
-import hmac
 import html
 import http.client
 import importlib
@@ -49,7 +48,6 @@ import os
 import queue
 import random
 import re
-import secrets
 import shlex
 import signal
 import socket
@@ -63,9 +61,7 @@ import threading
 import time
 import traceback
 import types
-import urllib.error
 import urllib.parse
-import urllib.request
 import weakref
 from collections import deque
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -318,6 +314,17 @@ def from_json(body: bytes) -> Any:
     if _SURROGATE_ESCAPE.search(text):
         to_json(value)
     return value
+
+
+def sign(key: bytes, message: bytes) -> bytes:
+    """Return the HMAC-SHA256 of a message (RFC 2104)."""
+    import hmac
+    return hmac.new(key, message, "sha256").digest()
+
+
+def make_token() -> str:
+    """Return 256 random bits as text for addresses and cookies."""
+    return base64.urlsafe_b64encode(os.urandom(32)).decode("ascii").rstrip("=")
 
 
 def timestamp(instant: float) -> str:
@@ -2153,23 +2160,12 @@ def _resolve(host: str, port: int) -> List[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-class _CallbackHandler(urllib.request.AbstractHTTPHandler):
-    """Opens callbacks' connections through the policy, and tells ``opened`` about each socket."""
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+class _CallbackConnections:
+    """Makes callbacks' connections through the policy, and tells ``opened`` about each socket."""
 
     def __init__(self, policy: CallbackPolicy, ssl_verify: bool, opened: Callable[[socket.socket], None]) -> None:
-        super().__init__()
         self._policy, self._ssl_verify, self._opened = policy, ssl_verify, opened
         self._tls: Optional[ssl.SSLContext] = None
-
-    def http_open(self, request: urllib.request.Request) -> Any:
-        """Open an http URL."""
-        return self.do_open(self._connection(http.client.HTTPConnection), request)
-
-    def https_open(self, request: urllib.request.Request) -> Any:
-        """Open an https URL; the certificate has to be the host name's, whatever the address."""
-        return self.do_open(self._connection(http.client.HTTPSConnection), request)
 
     def _context(self) -> ssl.SSLContext:
         """Return the TLS context, made when first needed: reading the certificates takes a while."""
@@ -2177,7 +2173,8 @@ class _CallbackHandler(urllib.request.AbstractHTTPHandler):
             self._tls = ssl.create_default_context() if self._ssl_verify else ssl._create_unverified_context()
         return self._tls
 
-    def _connection(self, base: Type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
+    def of(self, base: Type[http.client.HTTPConnection]) -> Callable[..., http.client.HTTPConnection]:
+        """Return what makes a connection of that class to a host; the certificate has to be the host name's."""
         def connect(connection: http.client.HTTPConnection) -> None:
             connection.sock = self._policy.connect(connection.host, connection.port, CALLBACK_SECONDS)
             self._opened(connection.sock)
@@ -2193,6 +2190,30 @@ class _CallbackHandler(urllib.request.AbstractHTTPHandler):
             connection.connect = functools.partial(connect, connection)  # type: ignore[method-assign]
             return connection
         return make
+
+
+def _make_opener(connections: _CallbackConnections) -> urllib.request.OpenerDirector:
+    """Return an opener of http and https URLs that refuses redirects: the api_key must not travel to elsewhere."""
+    import urllib.request
+
+    class Handler(urllib.request.AbstractHTTPHandler):
+        http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+        def http_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(connections.of(http.client.HTTPConnection), request)
+
+        def https_open(self, request: urllib.request.Request) -> Any:
+            return self.do_open(connections.of(http.client.HTTPSConnection), request)
+
+    class NoRedirects(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *arguments: Any) -> None:
+            return None
+
+    opener = urllib.request.OpenerDirector()
+    for handler in (Handler(), NoRedirects(), urllib.request.HTTPErrorProcessor(),
+                    urllib.request.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
+    return opener
 
 
 class CallbackAnswer(NamedTuple):
@@ -2234,16 +2255,8 @@ def sign_callback(secret: str, job_id: str, now: float, body: bytes) -> Dict[str
     key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode("utf-8")
     job_id = urllib.parse.quote(job_id)  # a header holds no letters beyond latin-1
     signed = f"{job_id}.{int(now)}.".encode("ascii") + body
-    signature = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode("ascii")
+    signature = base64.b64encode(sign(key, signed)).decode("ascii")
     return {"webhook-id": job_id, "webhook-timestamp": str(int(now)), "webhook-signature": "v1," + signature}
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects: the api_key must not travel to where somebody else points."""
-
-    def redirect_request(self, *arguments: Any) -> None:
-        """Return None: urllib then reports the redirect as an HTTPError."""
-        return None
 
 
 class CallbackSender:
@@ -2254,10 +2267,7 @@ class CallbackSender:
         self._store = store
         self._metrics = metrics or Metrics()
         self._secret = secret
-        self._opener = urllib.request.OpenerDirector()
-        for handler in (_CallbackHandler(policy or CallbackPolicy(), ssl_verify, self._watch), _NoRedirects(),
-                        urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
-            self._opener.add_handler(handler)
+        self._connections = _CallbackConnections(policy or CallbackPolicy(), ssl_verify, self._watch)
         self._sockets: Dict[int, Tuple[float, socket.socket]] = {}  # by thread: when to end the attempt (monotonic)
         self._condition = threading.Condition()  # guards the fields below
         self._due: Dict[str, float] = dict(store.list_callback_hosts())
@@ -2391,7 +2401,12 @@ class CallbackSender:
                 self._due[host] = min(next_at, self._due.get(host, next_at))
             self._condition.notify_all()
 
+    @functools.cached_property
+    def _opener(self) -> urllib.request.OpenerDirector:
+        return _make_opener(self._connections)
+
     def _send(self, job: Job) -> CallbackAnswer:
+        import urllib.error
         now = time.time()
         try:
             with self._opener.open(self._build_request(job, now), timeout=CALLBACK_SECONDS) as response:
@@ -2412,6 +2427,7 @@ class CallbackSender:
             self._sockets.pop(threading.get_ident(), None)
 
     def _build_request(self, job: Job, now: float) -> urllib.request.Request:
+        import urllib.request
         body = render_job(job, self._store.get_logs(job), job_key=True, callback_error=False)
         headers = {"Content-Type": "application/json", "User-Agent": f"csp.py/{__version__}"}
         if job.api_key is not None:
@@ -3282,7 +3298,8 @@ _scrypt_turns = threading.BoundedSemaphore(4)  # each takes 16 MB and a core
 
 def hash_password(password: str) -> str:
     """Return a hash for the setting PASSWORD: ``scrypt$n$r$p$salt$key``, in base64."""
-    salt = secrets.token_bytes(16)
+    import hashlib
+    salt = os.urandom(16)
     key = hashlib.scrypt(password.encode("utf-8"), salt=salt, dklen=32, **SCRYPT)
     fields = [base64.b64encode(part).decode("ascii") for part in (salt, key)]
     return "$".join(["scrypt", *(str(SCRYPT[name]) for name in "nrp"), *fields])
@@ -3290,6 +3307,8 @@ def hash_password(password: str) -> str:
 
 def _matches_hash(password: bytes, hashed: str) -> bool:
     """Return whether ``password`` gives the hash; raise ValueError if that is not a hash of ours."""
+    import hashlib
+    import hmac
     _, n, r, p, salt, key = hashed.split("$")
     wanted = base64.b64decode(key, validate=True)
     with _scrypt_turns:
@@ -3299,7 +3318,8 @@ def _matches_hash(password: bytes, hashed: str) -> bool:
 
 
 def _is_same(given: str, wanted: str) -> bool:
-    return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
+    from hmac import compare_digest
+    return compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
 
 
 class Secret:
@@ -3308,7 +3328,7 @@ class Secret:
     def __init__(self, wanted: str) -> None:
         self._wanted = wanted
         self._is_hash = wanted.startswith("scrypt$")
-        self._memory_key = secrets.token_bytes(32)
+        self._memory_key = os.urandom(32)
         self._approved: Set[bytes] = set()  # digests of what the slow hash has approved
         if self._is_hash:
             _matches_hash(b"", wanted)
@@ -3318,7 +3338,7 @@ class Secret:
         if not self._is_hash:
             return _is_same(given, self._wanted)
         text = given.encode("utf-8", "replace")
-        digest = hmac.new(self._memory_key, text, hashlib.sha256).digest()
+        digest = sign(self._memory_key, text)
         if digest not in self._approved and _matches_hash(text, self._wanted):
             self._approved.add(digest)
         return digest in self._approved
@@ -3401,7 +3421,7 @@ class Authenticator:
     def __init__(self, store: Store, settings: Settings) -> None:
         self._store = store
         self._username: str = settings["USERNAME"]
-        self.generated_password = None if settings["PASSWORD"] else secrets.token_urlsafe(12)
+        self.generated_password = None if settings["PASSWORD"] else make_token()[:16]
         password = self.generated_password or settings["PASSWORD"]
         self._password = _read_secret("PASSWORD", password)
         self._session_key = f"{self._username}:{password}".encode("utf-8", "replace")  # another password ends sessions
@@ -3462,7 +3482,7 @@ class Authenticator:
 
     def begin_session(self, request: Request) -> Tuple[str, str]:
         """Store a new session and return the Set-Cookie field for it."""
-        token, now = secrets.token_urlsafe(32), time.time()
+        token, now = make_token(), time.time()
         self._store.add_session(self._token_hash(token), now, now - self._idle_seconds, now - self._session_seconds)
         return _set_cookie(request, token)
 
@@ -3475,7 +3495,7 @@ class Authenticator:
         return [_set_cookie(request, "")]
 
     def _token_hash(self, token: str) -> str:
-        return hmac.new(self._session_key, token.encode("utf-8", "replace"), "sha256").hexdigest()
+        return sign(self._session_key, token.encode("utf-8", "replace")).hex()
 
     def _session_hash(self, request: Request) -> Optional[str]:
         """Return the hash of the request's session token if that session is alive."""
@@ -3909,7 +3929,7 @@ SCRIPT = """
 
 def _asset_path(name: str, text: str) -> str:
     stem, _, kind = name.partition(".")
-    return f"/console/{stem}-{hashlib.sha256(text.encode('utf-8')).hexdigest()[:12]}.{kind}"
+    return f"/console/{stem}-{binascii.crc32(text.encode('utf-8')):08x}.{kind}"
 
 
 STYLE_PATH, SCRIPT_PATH = _asset_path("style.css", STYLE), _asset_path("script.js", SCRIPT)
@@ -4492,7 +4512,7 @@ class Submission(NamedTuple):
         """Return what tells that another body is the same as this, without keeping its api_key."""
         values = [json.loads(text) if text else None for text in (self.data, self.metadata)]
         text = json.dumps([self.job_type.name, self.api_key, self.result_url, *values], sort_keys=True)
-        return hmac.new(job_key.encode("ascii"), text.encode("ascii"), hashlib.sha256).hexdigest()
+        return sign(job_key.encode("ascii"), text.encode("ascii")).hex()
 
 
 def read_body(request: Request) -> Dict[str, Any]:
@@ -4636,7 +4656,7 @@ class Service:
         except CspError as error:
             return route, self._refuse(request, error)
         except Exception:  # noqa: BLE001 - a defect of ours must not end the connection without an answer
-            incident = secrets.token_hex(4)
+            incident = os.urandom(4).hex()
             log.exception("incident %s at %s %s", incident, request.method, clean(request.path))
             return route, self._refuse(request, CspError("Something went wrong; the service's log has it as incident "
                                                          f"{incident}."))
@@ -4760,8 +4780,8 @@ class Service:
             log.debug("job %s has just been submitted by another request", clean(job_id))
         known = self.store.get_job(job_id)
         wait, applied = self._read_preferences(request)
-        if known is None or known.submission_hash is None or not hmac.compare_digest(
-                known.submission_hash, submission.hash(known.job_key)):
+        if known is None or known.submission_hash is None or not _is_same(known.submission_hash,
+                                                                          submission.hash(known.job_key)):
             raise Conflict(f"job_id {job_id} already exists")
         return self._answer_with(known, wait, applied)
 
@@ -4975,7 +4995,7 @@ class Service:
         given, path = request.form.get("job_key", "").strip(), job_path(job_id)
         if job is None:
             raise NotFound("job_id not found")
-        if not job.job_key or not hmac.compare_digest(given.encode("utf-8", "replace"), job.job_key.encode("utf-8")):
+        if not job.job_key or not _is_same(given, job.job_key):
             viewer = Viewer(self.settings["NAME"], False, path)
             return page_response(key_page(viewer, path, "That is not the key of this job."), 403)
         return Response.redirect(path, [key_cookie(request, path, job.job_key)])
