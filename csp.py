@@ -1233,16 +1233,10 @@ class Transaction:
             self.insert_jobs()
         self._connection.executemany(statement, rows)
 
-    def execute_large(self, statement: str, values: Sequence[Any]) -> int:
-        """Execute a statement that may hold large values; return how many rows it has changed.
-
-        SQLite keeps a copy of the values until the statement has others, so that it is given others that fail.
-        """
-        count = self.execute(statement, values).rowcount
-        if sum(len(value) for value in values if isinstance(value, (str, bytes))) >= LARGE_CHARACTERS:
-            with suppress(sqlite3.IntegrityError):
-                self._connection.execute(statement, (None,) * len(values))
-        return count
+    def forget_values(self, statement: str) -> None:
+        """Free the large values of a statement: SQLite keeps them until it has others, so it gets some that fail."""
+        with suppress(sqlite3.IntegrityError):
+            self._connection.execute(statement, (None,) * statement.count("?"))
 
     def insert_soon(self, job: Job) -> None:
         """Insert the row of a job whose id nobody else can have, together with others."""
@@ -1725,9 +1719,7 @@ class Store:
         def operation(transaction: Transaction) -> Optional[Job]:
             if is_new:
                 _insert_job(transaction, finished, is_new_id=True, counted_as=PENDING)
-            elif not transaction.execute_large(_FINISH_JOB[job.state], (
-                    finished.status, finished.data, finished.error, finished.finished_timestamp, finished.progress,
-                    finished.callback_status, finished.callback_at, finished.api_key, job.seq, job.attempts)):
+            elif not _finish_job(transaction, finished, job.state):
                 return None
             if run is not None:
                 _add_lines(transaction, run)
@@ -1861,14 +1853,27 @@ def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as:
         transaction.insert_soon(job)
     else:
         try:
-            transaction.execute_large(_INSERT_JOB, job)
+            transaction.execute(_INSERT_JOB, job)
         except sqlite3.IntegrityError:
             raise Conflict(f"job_id {job.job_id} already exists") from None
+        finally:
+            if job.is_large:
+                transaction.forget_values(_INSERT_JOB)
     if job.metadata is not None:
         transaction.executemany("INSERT INTO metadata (job_id, key, value, type, seq) VALUES (?, ?, ?, ?, ?)",
                                 _metadata_rows(job))
     transaction.count(job.job_type, counted_as or job.status, 1)
     transaction.touched.add(job.job_id)
+
+
+def _finish_job(transaction: Transaction, job: Job, old_state: str) -> bool:
+    """Write how the job ended; return False if it was not in that state (and attempt) any more."""
+    count = transaction.execute(_FINISH_JOB[old_state], (
+        job.status, job.data, job.error, job.finished_timestamp, job.progress, job.callback_status, job.callback_at,
+        job.api_key, job.seq, job.attempts)).rowcount
+    if job.is_large:
+        transaction.forget_values(_FINISH_JOB[old_state])
+    return count > 0
 
 
 def _metadata_rows(job: Job) -> List[Tuple[str, str, str, str, int]]:
@@ -2078,6 +2083,7 @@ def _create_functions(connection: sqlite3.Connection) -> None:
 
 RETRY_SECONDS = (1, 2, 4, 8, 15, 15, 15, 15, 15, 15, 60, 300, 1800, 7200, 18_000, 36_000)
 CALLBACK_SECONDS = 15.0  # per attempt
+START_SECONDS = 1.0  # by then a start is over, which has no time to load what callbacks need
 CALLBACK_THREADS = 64
 CALLBACK_THREADS_PER_HOST = 4  # for a host whose last callback was accepted; every other gets one
 MAX_CALLBACK_ANSWER_BYTES = 4096  # enough for an error text
@@ -2294,6 +2300,10 @@ class CallbackSender:
         self._pool.shutdown(wait=False)
 
     def _run(self) -> None:
+        with self._condition:
+            if not self._due and not self._is_stopping:
+                self._condition.wait(START_SECONDS)
+        self._opener = _make_opener(self._connections)
         while True:
             with self._condition:
                 now = time.time()
@@ -2400,10 +2410,6 @@ class CallbackSender:
             if next_at is not None:
                 self._due[host] = min(next_at, self._due.get(host, next_at))
             self._condition.notify_all()
-
-    @functools.cached_property
-    def _opener(self) -> urllib.request.OpenerDirector:
-        return _make_opener(self._connections)
 
     def _send(self, job: Job) -> CallbackAnswer:
         import urllib.error
