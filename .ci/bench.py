@@ -550,13 +550,16 @@ def measure_callbacks(program: Program, seconds: float) -> Values:
     listener, port = serve(0, respond, 8)
     taken, lost = [], 0
     with listener:
-        for _ in range(100):
+        for number in range(101):
             begun = time.perf_counter()
             program.submit("async_echo", "hello", result_url=f"http://{LOCAL}:{port}/")
             try:
-                taken.append((received.get(timeout=5) - begun) * 1e3)
+                at = received.get(timeout=5)
             except queue.Empty:
                 lost += 1
+                continue
+            if number:  # the first warms up
+                taken.append((at - begun) * 1e3)
     return {"callback, p50 ms": percentile(taken, 0.5), "callback, p99 ms": percentile(taken, 0.99),
             "callbacks lost": lost}
 
