@@ -19,14 +19,14 @@ delivered or tried for a day, whatever happens to this process in between.
 
 The file reads from top to bottom; each part uses only what stands above it:
 
-    Errors, JSON and time, Settings, Metrics, Jobs, Store, Callbacks, Runner,
-    Requests and responses, Auth, API description, Console, Service, Transports, Predecessor's names, Command line
+    Errors, JSON and time, Settings, Metrics, Jobs, Store, Callbacks, Executors, Runner, Requests and responses, Auth,
+    API description, Console, Service, Transports, Predecessor's names, Command line
 """
 
 from __future__ import annotations
 
-# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, inspect, logging.handlers and
-# urllib.request cost more than sqlite3.
+# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, inspect, logging.handlers,
+# multiprocessing, pickle, subprocess and urllib.request cost more than all the others.
 import argparse
 import atexit
 import base64
@@ -64,12 +64,13 @@ import types
 import urllib.parse
 import weakref
 from collections import deque
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import (
+    TYPE_CHECKING,
     Any,
     Callable,
     Deque,
@@ -90,6 +91,9 @@ from typing import (
     TypeVar,
     Union,
 )
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 __version__ = "1.0.0"
 __all__ = [
@@ -322,6 +326,12 @@ def sign(key: bytes, message: bytes) -> bytes:
     return hmac.new(key, message, "sha256").digest()
 
 
+def is_same(given: str, wanted: str) -> bool:
+    """Return whether two secrets are the same, in a time that does not tell how nearly."""
+    from hmac import compare_digest
+    return compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
+
+
 def make_token() -> str:
     """Return 256 random bits as text for addresses and cookies."""
     return base64.urlsafe_b64encode(os.urandom(32)).decode("ascii").rstrip("=")
@@ -447,6 +457,19 @@ def _database(value: Any) -> str:
     return str(value)
 
 
+def _executor_name(value: Any) -> str:
+    if not re.fullmatch(r"thread|process|.+:[^\W\d]\w*", str(value)):
+        raise ValueError("has to be thread, process, or MODULE:FACTORY")
+    return str(value)
+
+
+def _service_url(value: Any) -> Optional[str]:
+    text = _optional_text(value)
+    if text is not None and not re.fullmatch(r"https?://[^/?#\s]+(?:/[^?#\s]*)?", text):
+        raise ValueError("has to be an address such as http://10.0.0.5:8000/")
+    return text and text.rstrip("/") + "/"
+
+
 class Setting(NamedTuple):
     """A row of the settings table."""
 
@@ -470,6 +493,11 @@ SETTINGS = (
             "`sqlite:////absolute`, `sqlite://` for memory, or a path; the variable DATABASE_URL is read too", "--db"),
     Setting("WORKERS", _number(1, 10_000), 16, "asynchronous jobs that run at the same time; jobs mostly wait for "
             "networks, so more than there are cores, and few enough that each may hold a file in memory", "--workers"),
+    Setting("EXECUTOR", _executor_name, "thread", "what runs asynchronous jobs: `thread`; `process`, one for each "
+            "job; or `MODULE:FACTORY`, which is given the settings and returns a `concurrent.futures.Executor`",
+            "--executor"),
+    Setting("URL", _service_url, None, "address at which workers on other machines reach the service; without it they "
+            "use the one that it listens on"),
     Setting("KEEP_JOBS_AGE", _number(0, 36_500), 10, "days that finished jobs are kept when old ones are cleared"),
     Setting("AUTO_CLEAR", _flag, False, "clear jobs older than KEEP_JOBS_AGE at the start and then daily"),
     Setting("MAX_PENDING", _optional_number(1, 10**12), None, "unfinished jobs above which a submission is answered "
@@ -570,6 +598,38 @@ def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str
     values.update((row.name, environ["CSP_" + row.name]) for row in SETTINGS if "CSP_" + row.name in environ)
     values.update(overrides or {})
     return Settings(values)
+
+
+class Config(Mapping[str, Any]):
+    """The settings in force, as ``web.app.config``; loaded when first looked at."""
+
+    def __init__(self) -> None:
+        self._settings: Optional[Settings] = None
+        self._is_fixed = False  # by the command line, which a job module's web.init() must not undo
+
+    def load(self, settings: Optional[Settings] = None) -> Settings:
+        """Put ``settings`` in force, for good, or those that file and environment give now."""
+        if settings is not None or not self._is_fixed:
+            self._is_fixed = settings is not None
+            self._settings = load_settings() if settings is None else settings
+        return self.settings
+
+    @property
+    def settings(self) -> Settings:
+        """The settings in force."""
+        return self._settings if self._settings is not None else self.load()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.settings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.settings)
+
+    def __len__(self) -> int:
+        return len(self.settings)
+
+
+config = Config()  # this process's
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -852,7 +912,7 @@ def _job_texts(job: Job, logs: Iterable[LogLine], job_key: bool, callback_error:
 
 
 class JobType(NamedTuple):
-    """A registered function and how it wants to be run; ``timeout`` in seconds or None."""
+    """A registered function and how it wants to be run; ``timeout`` in seconds, ``memory_limit`` in bytes, or None."""
 
     name: str
     function: Callable[[str, Dict[str, Any]], Any]
@@ -860,6 +920,7 @@ class JobType(NamedTuple):
     timeout: Optional[float]
     retries: int
     at_most_once: bool
+    memory_limit: Optional[int]
 
 
 class Registry:
@@ -867,16 +928,19 @@ class Registry:
 
     def __init__(self) -> None:
         self._types: Dict[str, JobType] = {}
+        self.is_in_use = True  # not where workers import modules of several services: names may be the same there
 
     def synchronous(self, function: Optional[Function] = None, **options: Any) -> Any:
         """Register a function whose submit answers when it has returned. Options: ``timeout`` (seconds)."""
         return self._decorate(function, True, options)
 
     def asynchronous(self, function: Optional[Function] = None, **options: Any) -> Any:
-        """Register a function that is queued. Options: ``timeout`` (seconds), ``retries``, ``at_most_once``.
+        """Register a function that is queued. Options: ``timeout`` (seconds), ``retries``, ``at_most_once``,
+        ``memory_limit`` (bytes).
 
         ``retries`` counts how often an attempt that raised anything but JobError is repeated. With ``at_most_once`` a
         job that was running when the process died is an error at the next start instead of running again.
+        ``memory_limit`` bounds what the job's process may have in all, where it has one of its own (RLIMIT_DATA).
         """
         return self._decorate(function, False, options)
 
@@ -895,17 +959,20 @@ class Registry:
         return register if function is None else register(function)
 
     def _add(self, function: Callable[..., Any], synchronous: bool, timeout: Optional[float] = None, retries: int = 0,
-             at_most_once: bool = False) -> None:
+             at_most_once: bool = False, memory_limit: Optional[int] = None) -> None:
         if timeout is not None and not timeout > 0 or retries < 0:
             raise ValueError(f"{function.__name__}: timeout has to be above 0 and retries not below 0")
-        if synchronous and (retries or at_most_once):
-            raise ValueError(f"{function.__name__}: a synchronous job is never repeated, so it takes only timeout")
+        if memory_limit is not None and not 0 < memory_limit < 2**63:
+            raise ValueError(f"{function.__name__}: memory_limit has to be a number of bytes")
+        if synchronous and (retries or at_most_once or memory_limit):
+            raise ValueError(f"{function.__name__}: a synchronous job is never repeated and has no process of its own, "
+                             "so it takes only timeout")
         known = self._types.get(function.__name__)
-        if known is not None and _place(known.function) != _place(function):
+        if known is not None and self.is_in_use and _place(known.function) != _place(function):
             raise ValueError(f"two job types are called {function.__name__}: {_place(known.function)} and "
                              f"{_place(function)}; rename one")
         self._types[function.__name__] = JobType(function.__name__, function, synchronous, timeout, retries,
-                                                 at_most_once)
+                                                 at_most_once, memory_limit)
 
 
 def _place(function: Callable[..., Any]) -> str:
@@ -938,6 +1005,10 @@ class JobRun:
         self._written = written
         self._wake = wake
         self._turn = threading.Lock()
+
+    def tell_to_stop(self) -> None:
+        """Set the flag that ``check_cancelled`` looks at."""
+        self.cancelled.set()
 
     def take(self) -> bool:
         """Return True to the first caller only: an executor may run what it has refused."""
@@ -2444,25 +2515,26 @@ class CallbackSender:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Runner
+# Executors
 #
-# One thread claims as many queued jobs as there are free places and hands them to the executor; the backlog stays on
-# disk. A job's function runs in the executor's thread (a synchronous one in the thread that asked); its outcome goes
-# to the store, which drops it if the job was ended otherwise meanwhile. What was running when the process died is
-# found at the next start and queued again, or ended as an error if it may not run again. Lock order: the runner's
-# condition is held for dictionary work only, never while the store is asked.
+# A job's function runs in a thread of this process, in a process of its own, or wherever a concurrent.futures.Executor
+# takes it. Elsewhere goes not the function but a text that says where to find it: ``run_task`` imports it there, runs
+# it, catches everything and returns a text. Meanwhile the log goes to the service by HTTP, with a token that is good
+# for that run alone; what could not be sent comes with the result.
 # ---------------------------------------------------------------------------------------------------------------------
 
-ABANDONED_THREADS = 1000  # functions past their timeout cannot be stopped in a thread: so many may linger
 MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
-SWITCH_SECONDS = (0.005, 0.0005)  # sys.setswitchinterval: usually, and while jobs run longer than
-LONG_JOB_SECONDS = 0.25
-HOLD_TURNS = 50  # of so many seconds without one before the thread that looks after them sleeps
-HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it ends, too; and for each character that
-HOLD_SECONDS_PER_CHARACTER = 2.0**-25  # was sent, so much: to write a large one twice is no help to anybody
-PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
-ALONE_SECONDS = 60.0  # how long a suspect runs alone: whoever kills the process must not take the others along again
-STOPPED = "The service stopped while the job was running."
+REPORT_SECONDS = 1.0  # between questions whether to stop, of a run elsewhere that has nothing to say
+REPORT_PAUSES = (0.1, 30.0)  # seconds between reports; doubled up to the longest while they fail
+REPORT_TIMEOUT_SECONDS = 10.0
+REPORT_LINES, REPORT_CHARACTERS = 1000, 2**20  # in one report
+FIRST_REPORTS = 3  # how often a run that may only begin once asks whether it may
+ADDRESS_SECONDS = 1.0  # how long the first jobs wait for the server to have an address
+NOT_AGAIN = "It is not of a kind that is run again."
+KILL_SECONDS = 0.5  # between SIGTERM and SIGKILL: time for a job to put its files away
+SIGKILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process either way
+OWN_SECRETS = frozenset(("PASSWORD", "SECRET_KEY", "API_KEYS", "CALLBACK_SECRET"))  # go to no other machine
+_PROCESS = make_token()  # with the process id it says whether a task has come to another process
 
 
 def error_document(error: BaseException) -> str:
@@ -2546,22 +2618,826 @@ def _join_stream(parts: Iterable[Any]) -> Union[str, bytes]:
         return data
 
 
-class Runner:
-    """Runs jobs: queued ones in ``executor``, at most ``workers`` at a time, synchronous ones in the caller's thread.
+def run_function(function: Callable[[str, Dict[str, Any]], Any], run: JobRun, read_input: Callable[[], Dict[str, Any]],
+                 streams: bool) -> Outcome:
+    """Run the job's function to its outcome; what it would have streamed is put together."""
+    outcome = call_function(function, run, read_input, streams)
+    if not isinstance(outcome, Outcome):
+        stream = outcome
+        outcome = call_function(lambda *_: _join_stream(stream()), run, dict, streams=False)
+        assert isinstance(outcome, Outcome)
+    return outcome
 
-    ``notify_callback`` is called with host and epoch seconds when a callback has become due. Any thread may call the
-    public methods.
+
+# -- what a task is
+
+class RemoteRun(JobRun):
+    """A run whose function runs elsewhere; ``token`` lets it report, ``executor`` and ``future`` are where it is.
+
+    An executor may begin a task again, when a worker of its own has died: only the latest execution counts then, and of
+    a job that may run at most once only the first. Any thread may call the methods.
+    """
+
+    def __init__(self, job: Job, at_most_once: bool, written: Callable[[JobRun, bool], None],
+                 wake: Callable[[], None]) -> None:
+        super().__init__(job.job_id, job.seq, job.attempts, written, wake)
+        self.token = make_token()
+        self.executor: Optional[Executor] = None
+        self.future: Optional[Future[str]] = None
+        self.begun = self.started  # when the latest execution began (monotonic)
+        self._at_most_once = at_most_once
+        self._executions: List[str] = []
+        self._received = 0
+        self._intake = threading.Lock()
+
+    def tell_to_stop(self) -> None:
+        """Set the flag that the next report brings back, and ask the executor to stop it, which it may or may not."""
+        super().tell_to_stop()
+        if self.future is not None:
+            self.future.cancel()
+
+    def take_report(self, report: Mapping[str, Any]) -> bool:
+        """Take lines and progress, those that have come before only once; return whether that execution goes on."""
+        with self._intake:
+            if not self._knows(report["execution"], report["seconds"]):
+                return False
+            lines = [LogLine(**line) for line in report["lines"]]
+            for line in lines[max(0, self._received - report["first"]):]:
+                self.add_line(line)
+            self._received = max(self._received, report["first"] + len(lines))
+        if report["progress"] is not None:
+            self.set_progress(**report["progress"])
+        return not self.cancelled.is_set()
+
+    def _knows(self, execution: str, seconds: float) -> bool:
+        if execution not in self._executions:
+            if self._executions and self._at_most_once:
+                return False
+            if self._executions:
+                self.add_message("WARNING", "The executor has begun the job again.")
+            self._executions.append(execution)
+            self._received = 0
+            self.begun = max(self.started, time.monotonic() - seconds)
+        return execution == self._executions[-1]
+
+
+def import_name(module: types.ModuleType) -> str:
+    """Return the name by which another process can import the module, which may be running as ``__main__``."""
+    if module.__name__ != "__main__":
+        return module.__name__
+    spec = getattr(module, "__spec__", None)
+    return spec.name if spec is not None else Path(getattr(module, "__file__", None) or "csp.py").stem
+
+
+Location = Dict[str, Optional[str]]  # of a function: its module, file and name
+
+
+def locate(function: Callable[..., Any]) -> Location:
+    """Return module, file and name of the function; raise ValueError if another process cannot find it by them."""
+    module = sys.modules.get(function.__module__)
+    if module is None or _get_attribute(module, function.__qualname__) is not function:
+        raise ValueError(f"{_place(function)} cannot be found by another process: the function of a job has to stand "
+                         "at the top level of a module, under its name, unless EXECUTOR is thread.")
+    path = getattr(module, "__file__", None)
+    return {"module": import_name(module), "file": path and os.path.abspath(path), "name": function.__qualname__}
+
+
+def _get_attribute(module: types.ModuleType, name: str) -> Any:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+def describe_place(settings: Mapping[str, Any], is_here: bool) -> Dict[str, Any]:
+    """Return what makes another process, on this machine (``is_here``) or not, one that jobs feel at home in."""
+    this = sys.modules[__name__]
+    aliases = [name for name, module in list(sys.modules.items()) if module is this and not name.startswith("__")]
+    kept = {name: value for name, value in settings.items() if (is_here or name not in OWN_SECRETS) and _is_json(value)}
+    return {"process": [_PROCESS, os.getpid()], "aliases": aliases, "settings": kept}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(to_json(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def describe_task(job: Job, job_type: JobType, run: RemoteRun, url: Optional[str], place: Mapping[str, Any],
+                  is_here: bool) -> str:
+    """Return the text that ``run_task`` takes; raise ValueError for a function that cannot be found elsewhere."""
+    return to_json({
+        "job_id": job.job_id, "attempt": job.attempts, "function": locate(job_type.function),
+        "input": job.read_input(), "streams": job_type.synchronous, "place": place,
+        "url": f"{url}job/{urllib.parse.quote(job.job_id, safe='')}/report" if url else None, "token": run.token,
+        "asks_first": job_type.at_most_once and not is_here, "reports_first": job_type.timeout is not None,
+        "memory_limit": job_type.memory_limit if is_here else None})
+
+
+def read_result(text: str) -> Tuple[Outcome, Dict[str, Any]]:
+    """Return the outcome and the last report that ``run_task`` has put into its text."""
+    result = json.loads(text)
+    data = base64.b64decode(result["base64"]) if result["base64"] is not None else result["data"]
+    return Outcome(result["status"], data, result["error"], result["may_retry"]), result["report"]
+
+
+# -- where a task runs
+
+def become(name: str) -> None:
+    """Make ``import name`` and its submodules mean this module, which may be running as ``__main__``."""
+    for part in ("", ".job", ".util", ".web"):
+        sys.modules[name + part] = sys.modules[__name__ + part]
+
+
+def _load_file(path: Path) -> types.ModuleType:
+    """Import a file under its own name, or one like it if another module has that."""
+    name = stem = re.sub(r"\W", "_", path.stem)
+    for number in itertools.count(2):
+        known = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
+        if name in sys.modules and known is not None and known.origin == str(path):
+            return sys.modules[name]
+        if known is None or known.origin == str(path):
+            break
+        name = f"{stem}_{number}"
+    spec = importlib.util.spec_from_file_location(name, str(path))
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError("there is no such file")
+    sys.path.append(str(path.parent))
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_module(name: str) -> types.ModuleType:
+    """Import a module by name or by the path of its .py file; raise StartError if that fails."""
+    try:
+        return _load_file(Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)
+    except StartError:
+        raise
+    except ImportError as error:
+        raise StartError(f"The module {name} cannot be imported: {error}.") from None
+    except SyntaxError as error:
+        raise StartError(f"The module {name} has a syntax error: {error}.") from None
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise StartError(f"The module {name} fails: {type(error).__name__}: {_safe_text(error)} "
+                         f"({line.filename}, line {line.lineno}).") from error
+
+
+def _find_function(module: str, file: Optional[str], name: str) -> Callable[..., Any]:
+    """Return what ``locate`` has located, imported by name or else from its file."""
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if file is None or not f"{module}.".startswith(f"{error.name}."):  # the module is there, and misses another one
+            raise
+        found = _load_file(Path(file))
+    function: Callable[..., Any] = _get_attribute(found, name)
+    return function
+
+
+def settle_in(place: Mapping[str, Any]) -> None:
+    """Make this process what ``describe_place`` describes, unless it is the one that has described it."""
+    if place["process"] != [_PROCESS, os.getpid()]:
+        for alias in place["aliases"]:
+            become(alias)
+        registry.is_in_use = False
+        config.load(Settings(place["settings"]))
+
+
+def _limit_memory(limit_bytes: Optional[int]) -> None:
+    if limit_bytes is not None:
+        try:
+            import resource
+        except ImportError:  # Windows has no such limit
+            return
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limit = limit_bytes if hard == resource.RLIM_INFINITY else min(limit_bytes, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+class Reporter:
+    """Brings what a run logs, and its progress, to the service by HTTP; tells the run when it is to stop.
+
+    A thread sends, in batches, and again what did not arrive; ``close`` returns what has not. Any thread may call
+    ``note`` and ``wake``.
+    """
+
+    def __init__(self, url: Optional[str], token: str) -> None:
+        self._url = urllib.parse.urlsplit(url) if url else None
+        self._token = token
+        self._execution = make_token()
+        self._connection: Optional[http.client.HTTPConnection] = None
+        self._lock = threading.Condition()  # guards the next two and the run's lines
+        self._sent = 0
+        self._is_closed = False
+        self._failures = 0
+        self._wanted = threading.Event()
+        self._closing = threading.Event()
+
+    def begin(self, run: JobRun, must_ask: bool, reports_first: bool) -> Optional[Outcome]:
+        """Report for ``run`` from now on. With ``must_ask`` the service has to agree first; return why it has not."""
+        self._run = run
+        for _ in range(FIRST_REPORTS if must_ask else 0):
+            if self._url is not None and self._report():
+                break
+            self._closing.wait(REPORT_SECONDS)
+        else:
+            if must_ask:
+                return failure("The worker cannot reach the service (setting URL), and a job that may run at most once "
+                               "is not begun without it.")
+        if run.cancelled.is_set():
+            return failure(f"A worker has died while it ran the job. {NOT_AGAIN}" if must_ask else CANCELLED)
+        if self._url is not None:
+            if reports_first:
+                self._wanted.set()
+            threading.Thread(target=self._work, name="csp-report", daemon=True).start()
+        return None
+
+    def note(self, run: JobRun, must_wait: bool) -> None:
+        """Say that there are lines; wait, if the run is far ahead, while they can be sent."""
+        self._wanted.set()
+        if must_wait and self._url is not None:
+            with self._lock:
+                self._lock.wait_for(lambda: len(run.lines) < MAX_UNWRITTEN_LINES or self._failures > 0,
+                                    REPORT_TIMEOUT_SECONDS)
+
+    def wake(self) -> None:
+        """Say that there is progress."""
+        self._wanted.set()
+
+    def close(self) -> Dict[str, Any]:
+        """Send no more; return a report of what may not have arrived."""
+        with self._lock:
+            self._is_closed = True
+            report = self._describe(list(self._run.lines))
+        self._closing.set()
+        self._wanted.set()
+        return report
+
+    def _describe(self, lines: List[LogLine]) -> Dict[str, Any]:
+        progress = self._run.progress
+        return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in lines],
+                "progress": json.loads(progress) if progress is not None else None,
+                "seconds": time.monotonic() - self._run.started}
+
+    def _work(self) -> None:
+        while not self._is_closed:
+            self._wanted.wait(max(REPORT_SECONDS, self._pause))
+            if not self._is_closed:
+                self._wanted.clear()
+                self._report()
+                self._closing.wait(self._pause)
+        if self._connection is not None:
+            self._connection.close()
+
+    @property
+    def _pause(self) -> float:
+        return min(REPORT_PAUSES[0] * 2.0 ** min(self._failures, 20), REPORT_PAUSES[1])
+
+    def _report(self) -> bool:
+        """Make a report; return whether it has arrived."""
+        with self._lock:
+            self._run.is_announced = self._run.is_progress_unwritten = False
+            lines = list(self._run.lines)[:REPORT_LINES]  # one step: the job goes on logging
+            sizes = itertools.accumulate(len(line.message) for line in lines)
+            del lines[max(1, sum(size <= REPORT_CHARACTERS for size in sizes)):]
+            body = to_json(self._describe(lines)).encode("utf-8")
+        goes_on = self._post(body)
+        with self._lock:
+            self._failures = self._failures + 1 if goes_on is None else 0
+            if goes_on is False:
+                self._run.cancelled.set()
+            if goes_on is not None and not self._is_closed:
+                for _ in lines:
+                    self._run.lines.popleft()
+                self._sent += len(lines)
+            if self._run.lines:
+                self._wanted.set()
+            self._lock.notify_all()
+        return goes_on is not None
+
+    def _post(self, body: bytes) -> Optional[bool]:
+        """Send a report; return whether the run goes on, None if nobody has said so."""
+        assert self._url is not None
+        try:
+            if self._connection is None:
+                kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+                self._connection = kind(self._url.netloc, timeout=REPORT_TIMEOUT_SECONDS)
+            headers = {"Authorization": self._token, "Content-Type": "application/json"}
+            self._connection.request("POST", self._url.path, body, headers)
+            with self._connection.getresponse() as response:
+                answer = response.read()
+            if response.status in (403, 404):
+                return False  # the run is over for the service
+            return not json.loads(answer)["cancelled"] if response.status == 200 else None
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            return None
+
+
+def run_task(text: str) -> str:
+    """Run the function that a task names, in whatever process this is; return what came of it. Raises nothing."""
+    task = json.loads(text)
+    reporter = Reporter(task["url"], task["token"])
+    run = JobRun(task["job_id"], 0, task["attempt"], reporter.note, reporter.wake)
+
+    def call(task_id: str, input: Dict[str, Any]) -> Any:
+        _limit_memory(task["memory_limit"])
+        settle_in(task["place"])
+        return _find_function(**task["function"])(task_id, input)
+
+    outcome = reporter.begin(run, task["asks_first"], task["reports_first"])
+    if outcome is None:
+        _runs[run.job_id] = run
+        outcome = run_function(call, run, lambda: task["input"], task["streams"])
+    run.end()
+    is_binary = isinstance(outcome.data, bytes)
+    return to_json({
+        "status": outcome.status, "data": None if is_binary else outcome.data,
+        "base64": base64.b64encode(outcome.data).decode("ascii") if isinstance(outcome.data, bytes) else None,
+        "error": outcome.error, "may_retry": outcome.may_retry, "report": reporter.close()})
+
+
+# What an executor is given to call with ``eval``: texts, and nothing that it would have to find, so that what stands in
+# between (a scheduler that unpickles) needs no csp.py, and a worker on this machine finds it where the service has it.
+TRAMPOLINE = ("[__import__('sys').path.extend(entry for entry in path if entry not in __import__('sys').path), "
+              "__import__('importlib').import_module(module).run_task(task)][1]")
+
+
+def own_import_name() -> str:
+    """Return the name by which another process can import this module."""
+    return import_name(sys.modules[__name__])
+
+
+# -- a process for each job
+
+class NotStarted(Exception):
+    """A task has not been begun, and may be given to the executor again."""
+
+
+class WorkerDied(Exception):
+    """The process of one task has ended without a result; the message says how. No other task is concerned."""
+
+
+class ProcessFuture(Future):  # type: ignore[type-arg]  # it is no generic class before Python 3.9
+    """The future of a call in a process of its own; ``cancel`` also ends a process that is running."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._child: Optional[_Child] = None
+        self._is_unwanted = False
+
+    def cancel(self) -> bool:
+        """Cancel the call, or end its process: it is told by SIGTERM, and killed KILL_SECONDS later."""
+        if super().cancel():
+            return True
+        self._is_unwanted = True
+        self._end_child()
+        return False
+
+    def run(self, child: _Child) -> None:
+        """Wait for the process's result."""
+        self._child = child
+        if self._is_unwanted:
+            self._end_child()
+        try:
+            self.set_result(child.get_result())
+        except (WorkerDied, BrokenExecutor) as error:
+            self.set_exception(error)
+
+    def _end_child(self) -> None:
+        if self._child is not None and not self.done():
+            self._child.kill(signal.SIGTERM)
+            timer = threading.Timer(KILL_SECONDS, self._kill_child)
+            timer.daemon = True
+            timer.start()
+
+    def _kill_child(self) -> None:
+        if self._child is not None and not self.done():
+            self._child.kill(SIGKILL)
+
+
+class ProcessExecutor(Executor):
+    """Runs each call in a process of its own, forked from a server process that has imported the job modules already.
+
+    The functions have to be importable, their arguments picklable and their results str; a process that ends without a
+    result is a WorkerDied. ``place`` is from ``describe_place``; ``functions`` are what to preload, from ``locate``.
+    Where there is no fork, processes are spawned. (multiprocessing's own fork server would run the main module of the
+    service again in each process, and cannot preload what has been loaded from a file.)
+    """
+
+    def __init__(self, workers: int, place: Mapping[str, Any], functions: Sequence[Location]) -> None:
+        self._threads = ThreadPoolExecutor(2 * workers + 8, "csp-process")  # late ones are still being killed
+        self._server = _ForkServer(place, functions) if hasattr(os, "fork") else None
+
+    def submit(self, function: Callable[..., str],  # type: ignore[override]  # the class is generic in nothing
+               *arguments: Any, **named: Any) -> ProcessFuture:
+        """Begin a call; ``cancel`` of the future that is returned ends its process."""
+        import pickle
+        call = pickle.dumps((function, arguments, named))
+        future = ProcessFuture()
+        self._threads.submit(self._run, future, call)
+        return future
+
+    def shutdown(self, wait: bool = True, **options: Any) -> None:
+        """End; with the server process all others end, too."""
+        if self._server is not None:
+            self._server.close()
+        self._threads.shutdown(wait=wait)
+
+    def _run(self, future: ProcessFuture, call: bytes) -> None:
+        if future.set_running_or_notify_cancel():
+            try:
+                child = _ForkedChild(self._server) if self._server is not None else _SpawnedChild()
+                with child:
+                    child.call(call)
+                    future.run(child)
+            except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
+                if not future.done():
+                    future.set_exception(error)
+
+
+class _Child:
+    """A process that takes one call; ``exited`` becomes readable when it has ended."""
+
+    data: Connection
+    exited: Any
+
+    def call(self, call: bytes) -> None:
+        """Say what to do; whether it could be said shows when it has ended."""
+        with suppress(OSError):
+            self.data.send_bytes(call)
+
+    def get_result(self) -> str:
+        """Return the result; raise WorkerDied, or BrokenExecutor if the server process has died."""
+        from multiprocessing.connection import wait
+        wait([self.data, self.exited])
+        result: Optional[bytes] = None
+        with suppress(OSError, EOFError):
+            if self.data.poll(0):  # also what it has sent just before its end
+                result = self.data.recv_bytes()
+        code = self.exit_code()
+        if result is None:
+            raise WorkerDied(f"The process of the job was killed by signal {-code} ({_signal_name(-code)})."
+                             if code < 0 else
+                             f"The process of the job ended with exit code {code} before the job had returned.")
+        return result.decode("utf-8")
+
+    def exit_code(self) -> int:
+        """Return how the process has ended, a signal as a negative number; wait for its end."""
+        raise NotImplementedError
+
+    def kill(self, number: int) -> None:
+        """Send the process a signal, if it has not ended."""
+        raise NotImplementedError
+
+    def __enter__(self) -> _Child:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.data.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "unknown"
+
+
+class _ForkedChild(_Child):
+    """A child of the server process, in a session of its own, so that a signal reaches what it has started, too."""
+
+    def __init__(self, server: _ForkServer) -> None:
+        from multiprocessing.connection import Pipe
+        self._server = server
+        self.data, data = Pipe()
+        self.exited, exited = Pipe(duplex=False)
+        try:
+            with data, exited:
+                server.fork(data, exited)
+            self._pid: int = self.exited.recv()
+        except (OSError, EOFError) as error:
+            self.__exit__()
+            raise BrokenExecutor("The server process has ended.") from error
+        if self._pid < 0:
+            self.__exit__()
+            raise NotStarted(f"No process can be made: {os.strerror(-self._pid)}.")
+
+    def exit_code(self) -> int:
+        try:
+            code: int = self.exited.recv()
+            return code
+        except (OSError, EOFError):
+            with suppress(OSError):
+                os.killpg(self._pid, SIGKILL)
+            raise BrokenExecutor("The server process has ended.") from None
+
+    def kill(self, number: int) -> None:
+        self._server.kill(self._pid, number)
+
+    def __exit__(self, *_: Any) -> None:
+        self.data.close()
+        self.exited.close()
+
+
+class _SpawnedChild(_Child):
+    """A new process, for systems without fork."""
+
+    def __init__(self) -> None:
+        import multiprocessing
+        context = multiprocessing.get_context("spawn")
+        self.data, data = context.Pipe()
+        self._process = context.Process(target=be_child, args=(data,))
+        with data:
+            self._process.start()
+        self.exited = self._process.sentinel
+
+    def exit_code(self) -> int:
+        self._process.join()
+        return self._process.exitcode or 0
+
+    def kill(self, number: int) -> None:
+        (self._process.terminate if number == signal.SIGTERM else self._process.kill)()
+
+
+_BOOT = """import importlib, json, sys
+sys.path[:] = json.loads(sys.argv[1])
+importlib.import_module(sys.argv[2]).serve_forks(int(sys.argv[3]))"""
+
+
+class _ForkServer:
+    """The service's end of the server process: asks for forks and signals. Any thread may call the methods."""
+
+    def __init__(self, place: Mapping[str, Any], functions: Sequence[Location]) -> None:
+        import subprocess
+        from multiprocessing.connection import Pipe
+        self._lock = threading.Lock()
+        self._control, control = Pipe()
+        with control:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), own_import_name(), str(control.fileno())],
+                stdin=subprocess.DEVNULL, pass_fds=[control.fileno()], start_new_session=True)
+        self._control.send_bytes(to_json({"place": place, "functions": functions}).encode("utf-8"))
+        _closed_in_children.add(self)
+
+    def fork(self, *connections: Connection) -> None:
+        """Have a child made that takes its call from the first connection; its end is written to the second."""
+        from multiprocessing.reduction import send_handle
+        with self._lock:
+            self._control.send_bytes(b"")
+            for connection in connections:
+                send_handle(self._control, connection.fileno(), self._process.pid)
+
+    def kill(self, pid: int, number: int) -> None:
+        """Send a signal to the child, if there still is that child."""
+        with self._lock, suppress(OSError):
+            self._control.send_bytes(f"{number:d} {pid:d}".encode("ascii"))
+
+    def close(self) -> None:
+        """End the server process and all its children."""
+        import subprocess
+        with self._lock:
+            self._control.close()
+        try:
+            self._process.wait(CALLBACK_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def close_in_child(self) -> None:
+        """Let go of the server process in a child that a job has forked."""
+        self._control.close()
+
+
+def serve_forks(descriptor: int) -> None:
+    """Be the server process: import the job modules, then fork for each request, until the service's end closes."""
+    from multiprocessing.connection import Connection, wait
+    control = Connection(descriptor)
+    children: Dict[int, Connection] = {}
+    for number in (signal.SIGTERM, signal.SIGINT):  # whoever sends one to all processes means the service
+        signal.signal(number, signal.SIG_IGN)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    try:
+        _preload(json.loads(control.recv_bytes()))
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        while True:
+            ready = wait([control, reader])
+            if reader in ready:
+                os.read(reader, 4096)
+                _reap(children)
+            if control in ready:
+                _obey(control, children)
+    except (EOFError, OSError):
+        for pid in children:
+            with suppress(OSError):
+                os.killpg(pid, SIGKILL)
+        os._exit(0)
+
+
+def _preload(wanted: Mapping[str, Any]) -> None:
+    import gc
+    settle_in(wanted["place"])
+    for function in wanted["functions"]:
+        try:
+            _find_function(**function)
+        except BaseException as error:  # noqa: BLE001 - the job's own process will say it, where somebody sees it
+            log.debug("%s cannot be loaded beforehand: %s", function["module"], _safe_text(error))
+    gc.collect()
+    gc.freeze()  # so that children share the memory with this process
+
+
+def _obey(control: Connection, children: Dict[int, Connection]) -> None:
+    from multiprocessing.connection import Connection
+    from multiprocessing.reduction import recv_handle
+    words = control.recv_bytes().split()
+    if words:
+        number, pid = map(int, words)
+        if pid in children:
+            with suppress(OSError):
+                os.killpg(pid, number)
+        return
+    data, exited = Connection(recv_handle(control)), Connection(recv_handle(control))
+    try:
+        pid = os.fork()
+    except OSError as error:
+        pid = -(error.errno or 1)
+    if pid == 0:
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        for connection in (control, exited, *children.values()):
+            connection.close()
+        be_child(data)
+    data.close()
+    with suppress(OSError):
+        exited.send(pid)
+    if pid > 0:
+        children[pid] = exited
+    else:
+        exited.close()
+
+
+def _reap(children: Dict[int, Connection]) -> None:
+    for pid, exited in list(children.items()):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            del children[pid]
+            if os.WIFSIGNALED(status):
+                with suppress(OSError):
+                    os.killpg(pid, SIGKILL)  # what it had started
+            with exited, suppress(OSError):
+                exited.send(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+
+
+def be_child(data: Connection) -> NoReturn:
+    """Be a process that takes one call: make it, send its result, end."""
+    import pickle
+    code = 1
+    try:
+        function, arguments, named = pickle.loads(data.recv_bytes())
+        data.send_bytes(function(*arguments, **named).encode("utf-8"))
+        code = 0
+    except BaseException:  # noqa: BLE001 - whatever it is, this process has to end here
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+
+
+# -- the executor of a service
+
+class Engine:
+    """Hands jobs to the executor that ``make`` makes, and makes it anew when it has broken.
+
+    ``is_here``: its processes are the service's own, which may know the secrets among the settings. Any thread may call
+    the methods.
+    """
+
+    def __init__(self, make: Callable[[], Executor], settings: Mapping[str, Any], is_here: bool) -> None:
+        self._make, self._settings, self._is_here = make, settings, is_here
+        self._lock = threading.Lock()
+        self._executor: Optional[Executor] = make()
+        self._place = describe_place(settings, is_here)
+        self._url: Optional[str] = None
+        self._is_url_known = threading.Event()
+
+    def reachable_at(self, url: Optional[str]) -> None:
+        """Say under which address workers reach the service, unless the setting URL does; None: under none."""
+        self._url = self._settings["URL"] or url
+        self._is_url_known.set()
+
+    def submit(self, job: Job, job_type: JobType, run: RemoteRun) -> Future[str]:
+        """Hand a job over; raise ValueError if its function cannot be found elsewhere, or what the executor raises."""
+        if not self._is_url_known.wait(ADDRESS_SECONDS):
+            self.reachable_at(None)
+        task = describe_task(job, job_type, run, self._url, self._place, self._is_here)
+        with self._lock:
+            if self._executor is None:
+                self._executor = self._make()
+            run.executor = self._executor
+        texts = {"path": sys.path[:], "module": own_import_name(), "task": task}
+        run.future = run.executor.submit(eval, TRAMPOLINE, texts)
+        return run.future
+
+    def discard(self, run: RemoteRun) -> None:
+        """Make another executor for the next job: the one of this run is broken."""
+        with self._lock:
+            if self._executor is run.executor:
+                self._executor = None
+        self._shut_down(run.executor)
+
+    def close(self) -> None:
+        """End the executor; what still runs in it is not waited for."""
+        with self._lock:
+            self._shut_down(self._executor)
+
+    @staticmethod
+    def _shut_down(executor: Optional[Executor]) -> None:
+        if executor is not None:
+            try:
+                executor.shutdown(wait=False)
+            except Exception as error:  # noqa: BLE001 - an executor is foreign code, and this one is at its end
+                log.debug("an executor cannot be shut down: %s", _safe_text(error))
+
+
+def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Engine]:
+    """Return what EXECUTOR asks for, None for threads; raise StartError if it cannot be had."""
+    name: str = settings["EXECUTOR"]
+    if name == "thread":
+        return None
+    types = [job_type for job_type in map(registry.get, registry.names()) if job_type and not job_type.synchronous]
+    try:
+        functions = [locate(job_type.function) for job_type in types]
+    except ValueError as error:
+        raise StartError(str(error)) from None
+    if name == "process":
+        place = describe_place(settings, is_here=True)
+        return Engine(lambda: ProcessExecutor(settings["WORKERS"], place, functions), settings, is_here=True)
+    module, _, attribute = name.rpartition(":")
+    factory = getattr(load_module(module), attribute, None)
+    if not callable(factory):
+        raise StartError(f"The setting EXECUTOR names {attribute}, and {module} has no such function.")
+    try:
+        return Engine(functools.partial(_make_executor, factory, settings), settings, is_here=False)
+    except Exception as error:
+        raise StartError(f"The executor {name} cannot be made: {type(error).__name__}: {_safe_text(error)}.") from error
+
+
+def _make_executor(factory: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Executor:
+    executor = factory(settings)
+    if not callable(getattr(executor, "submit", None)) or not callable(getattr(executor, "shutdown", None)):
+        raise TypeError(f"it has returned {type(executor).__name__}, which is no concurrent.futures.Executor")
+    return executor  # type: ignore[no-any-return]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runner
+#
+# One thread claims as many queued jobs as there are free places and hands them to the executor; the backlog stays on
+# disk. A job's function runs in the executor's thread (a synchronous one in the thread that asked); its outcome goes
+# to the store, which drops it if the job was ended otherwise meanwhile. What was running when the process died is
+# found at the next start and queued again, or ended as an error if it may not run again. Lock order: the runner's
+# condition is held for dictionary work only, never while the store is asked.
+# ---------------------------------------------------------------------------------------------------------------------
+
+ABANDONED_THREADS = 1000  # functions past their timeout cannot be stopped in a thread: so many may linger
+SWITCH_SECONDS = (0.005, 0.0005)  # sys.setswitchinterval: usually, and while jobs run longer than
+LONG_JOB_SECONDS = 0.25
+HOLD_TURNS = 50  # of so many seconds without one before the thread that looks after them sleeps
+HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it ends, too; and for each character that
+HOLD_SECONDS_PER_CHARACTER = 2.0**-25  # was sent, so much: to write a large one twice is no help to anybody
+PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
+ALONE_SECONDS = 60.0  # how long a suspect runs alone: whoever kills the process must not take the others along again
+STOPPED = "The service stopped while the job was running."
+
+
+class Runner:
+    """Runs jobs: queued ones at most ``workers`` at a time, synchronous ones in the caller's thread.
+
+    ``notify_callback`` is called with host and epoch seconds when a callback has become due. Queued jobs run in threads
+    or, with an ``engine``, in its executor. Any thread may call the public methods.
     """
 
     def __init__(self, store: Store, registry: Registry, workers: int,
-                 notify_callback: Callable[[str, float], None], executor: Optional[Executor] = None,
+                 notify_callback: Callable[[str, float], None], engine: Optional[Engine] = None,
                  metrics: Optional[Metrics] = None) -> None:
         self._store, self._registry, self._workers = store, registry, workers
         self._metrics = metrics or Metrics()
         self._notify_callback = notify_callback
-        self._executor = executor or ThreadPoolExecutor(workers + ABANDONED_THREADS, "csp-job")
+        self._threads = ThreadPoolExecutor(workers + ABANDONED_THREADS, "csp-job")
+        self._engine = engine
         self._condition = threading.Condition()  # guards what follows
         self._running: Dict[int, Tuple[JobRun, Job, Optional[float]]] = {}  # by seq; the float: deadline (monotonic)
+        self._remote: Dict[str, RemoteRun] = {}  # by job id
         self._queued_running = 0
         self._alone_until = 0.0  # monotonic seconds
         self._to_stop: Set[int] = set()  # told to stop between being claimed and being begun
@@ -2609,6 +3485,7 @@ class Runner:
             left = [(run, job) for run, job, _ in self._running.values()]
         for run, job in left:
             run.ended = True
+            run.tell_to_stop()
             self._store_held(job.seq)
             try:
                 self._leave(job, run)
@@ -2617,16 +3494,18 @@ class Runner:
         while self._unrecorded and time.monotonic() < deadline:
             time.sleep(0.1)
             self._record_again()
-        self._executor.shutdown(wait=False)
+        self._threads.shutdown(wait=False)
+        if self._engine is not None:
+            self._engine.close()
         return not left and not self._unrecorded
 
-    def _leave(self, job: Job, run: Optional[JobRun], run_at: float = AFTER_STOP) -> None:
-        """Queue a job that was running when the service stopped again, or end it if it may not run again."""
+    def _leave(self, job: Job, run: Optional[JobRun], run_at: float = AFTER_STOP, reason: str = STOPPED) -> None:
+        """Queue a job again whose run was ended from outside, or end it with the ``reason`` if it may not run again."""
         job_type = self._registry.get(job.job_type)
         if job.cancelled:
             self._store.mark_finished(job, failure(CANCELLED), run, self._due(job))
         elif job.synchronous or (job_type is not None and job_type.at_most_once):
-            outcome = failure(STOPPED + " It is not of a kind that is run again.")
+            outcome = failure(f"{reason} {NOT_AGAIN}")
             self._store.mark_finished(job, outcome, run, self._due(job))
         else:
             self._store.mark_queued(job, run_at, run, self.wake)
@@ -2643,7 +3522,7 @@ class Runner:
         assert job_type is not None, "a submission has been checked"
         if not is_new_id:
             self._store.add_job(job, lambda: None).wait()
-        run = self._begin(job, job_type.timeout)
+        run = self._begin(job, job_type)
         if is_new_id:
             self._held[job.seq] = job, run
             if not self._has_held.is_set():
@@ -2703,10 +3582,10 @@ class Runner:
         """Set the flag that the ``check_cancelled`` of the running job looks at."""
         with self._condition:
             entry = self._running.get(job.seq)
-            if entry is not None:
-                entry[0].cancelled.set()
-            else:
+            if entry is None:
                 self._to_stop.add(job.seq)
+        if entry is not None:
+            entry[0].tell_to_stop()
 
     # -- the loop
 
@@ -2773,7 +3652,7 @@ class Runner:
     def _start(self, job: Job) -> None:
         """Hand a claimed job to the executor."""
         job_type = self._registry.get(job.job_type)
-        run = self._begin(job, job_type.timeout if job_type else None)
+        run = self._begin(job, job_type)
         if job_type is None:
             available = ", ".join(self._registry.names())
             outcome = failure(f"Job type {job.job_type} not available. Available job types are {available}")
@@ -2782,7 +3661,7 @@ class Runner:
             self._end(job, failure(CANCELLED), run)
         else:
             try:
-                self._executor.submit(self._work, job, job_type, run)
+                self._threads.submit(self._work, job, job_type, run)
             except RuntimeError as error:  # no more threads, and yet it may be taken by one that there is
                 if run.take():
                     self._requeue(job, time.time() + BACKOFF_SECONDS[0], run, f"It could not be started: {error}.")
@@ -2790,11 +3669,14 @@ class Runner:
     def _work(self, job: Job, job_type: JobType, run: JobRun) -> None:
         if not run.take():
             return
-        outcome = call_function(job_type.function, run, job.read_input, streams=job_type.synchronous)
-        if not isinstance(outcome, Outcome):
-            stream = outcome
-            outcome = call_function(lambda *_: _join_stream(stream()), run, dict, streams=False)
-            assert isinstance(outcome, Outcome)
+        if isinstance(run, RemoteRun):
+            self._work_elsewhere(job, job_type, run)
+        else:
+            outcome = run_function(job_type.function, run, job.read_input, job_type.synchronous)
+            self._conclude(job, job_type, run, outcome)
+
+    def _conclude(self, job: Job, job_type: JobType, run: JobRun, outcome: Outcome) -> None:
+        """Record how an attempt at a queued job has ended, or that there is another."""
         if outcome.may_retry and job.failures < job_type.retries and not run.cancelled.is_set():
             self._retry(job, outcome, run)
         else:
@@ -2817,10 +3699,91 @@ class Runner:
         finally:
             self._forget(run)
 
+    # -- in an executor
+
+    def _work_elsewhere(self, job: Job, job_type: JobType, run: RemoteRun) -> None:
+        """Hand a job to the executor, which may take its time, too."""
+        assert self._engine is not None
+        try:
+            future = self._engine.submit(job, job_type, run)
+        except ValueError as error:
+            self._end(job, failure(str(error)), run)
+        except Exception as error:  # noqa: BLE001 - an executor is foreign code and may fail in any way
+            self._engine.discard(run)
+            self._start_again_later(job, run, error)
+        else:
+            if run.cancelled.is_set():  # told to stop before there was a future
+                future.cancel()
+            future.add_done_callback(lambda future: self._settle_soon(job, job_type, run, future))
+
+    def _start_again_later(self, job: Job, run: JobRun, error: BaseException) -> None:
+        self._requeue(job, time.time() + BACKOFF_SECONDS[0], run,
+                      f"It could not be started: {type(error).__name__}: {_safe_text(error)}")
+
+    def _settle_soon(self, job: Job, job_type: JobType, run: RemoteRun, future: Future[str]) -> None:
+        """Settle in a thread of our own: an executor's must not wait for the disk."""
+        with suppress(RuntimeError):  # the service has stopped, and the job is left to the next start
+            self._threads.submit(self._settle, job, job_type, run, future)
+
+    def _settle(self, job: Job, job_type: JobType, run: RemoteRun, future: Future[str]) -> None:
+        """Record what has come of a job in the executor; what comes late is dropped."""
+        if run.ended:
+            return
+        try:
+            outcome, report = read_result(future.result())
+            run.take_report(report)
+        except BaseException as error:  # noqa: BLE001 - an executor is foreign code and may fail in any way
+            if run.cancelled.is_set():
+                outcome = failure(CANCELLED)
+            elif isinstance(error, WorkerDied):
+                outcome = failure(str(error), may_retry=not job_type.at_most_once)
+            elif isinstance(error, NotStarted):
+                return self._start_again_later(job, run, error)
+            else:
+                return self._give_up_attempt(job, run, error)
+        self._conclude(job, job_type, run, outcome)
+
+    def _give_up_attempt(self, job: Job, run: RemoteRun, error: BaseException) -> None:
+        """The executor has lost the job: that counts as an attempt, as a crash does."""
+        if isinstance(error, BrokenExecutor) and self._engine is not None:
+            self._engine.discard(run)
+        reason = f"The executor has failed: {type(error).__name__}: {_safe_text(error)}"
+        run.add_message("ERROR", reason)
+        run.ended = True
+        pause = BACKOFF_SECONDS[0] * 2 ** job.crashes
+        run_at = AFTER_CRASH if isinstance(error, BrokenExecutor) else time.time() + pause
+        try:
+            self._record(functools.partial(self._count_crash, job, run, run_at, reason))
+        except Unavailable:
+            log.debug("that job %s was lost by the executor is kept until it can be stored", job.job_id)
+        finally:
+            self._forget(run)
+
+    def find_remote(self, job_id: str, token: str) -> Optional[RemoteRun]:
+        """Return the run elsewhere of that job if this is its token."""
+        run = self._remote.get(job_id)
+        return run if run is not None and is_same(token, run.token) else None
+
+    def take_report(self, run: RemoteRun, report: Mapping[str, Any]) -> bool:
+        """Take what a run elsewhere reports; return whether it goes on. Its timeout counts from when it began there."""
+        goes_on = run.take_report(report)
+        with self._condition:
+            entry = self._running.get(run.seq)
+            if entry is not None and entry[0] is run and entry[2] is not None:
+                job_type = self._registry.get(entry[1].job_type)
+                if job_type is not None and job_type.timeout is not None:
+                    self._running[run.seq] = (run, entry[1], run.begun + job_type.timeout)
+        return goes_on and not run.ended
+
     # -- runs
 
-    def _begin(self, job: Job, timeout_seconds: Optional[float]) -> JobRun:
-        run = JobRun(job.job_id, job.seq, job.attempts, self._write_output, self.wake)
+    def _begin(self, job: Job, job_type: Optional[JobType]) -> JobRun:
+        timeout_seconds = job_type.timeout if job_type else None
+        if self._engine is None or job.synchronous:
+            run = JobRun(job.job_id, job.seq, job.attempts, self._write_output, self.wake)
+        else:
+            is_once = job_type is not None and job_type.at_most_once
+            run = self._remote[job.job_id] = RemoteRun(job, is_once, self._write_output, self.wake)
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         _runs[job.job_id] = run
         with self._condition:
@@ -2836,6 +3799,8 @@ class Runner:
         run.end()
         with self._condition:
             self._to_stop.discard(run.seq)
+            if self._remote.get(run.job_id) is run:
+                del self._remote[run.job_id]
             entry = self._running.get(run.seq)
             if entry is not None and entry[0] is run:
                 del self._running[run.seq]
@@ -2914,7 +3879,8 @@ class Runner:
             timed = [entry for entry in self._running.values() if entry[2] is not None and not entry[1].synchronous]
         late = [(run, job) for run, job, deadline in timed if deadline is not None and deadline <= now]
         for run, _ in late:  # all at once, however long it takes to write it down
-            run.cancelled.set()
+            run.ended = True  # before it is told: that it dies of that is not its outcome
+            run.tell_to_stop()
         for run, job in late:
             self._end(job, self._timeout_outcome(job), run)
         return min((deadline - now for _, _, deadline in timed if deadline is not None and deadline > now),
@@ -2965,7 +3931,7 @@ class Runner:
         def call() -> Union[Outcome, Callable[[], Iterable[Any]]]:
             return call_function(job_type.function, run, read_input, True) if run.take() else failure(CANCELLED)
         try:
-            return self._executor.submit(call).result(job_type.timeout)
+            return self._threads.submit(call).result(job_type.timeout)
         except RuntimeError as error:  # no more threads
             if run.take():
                 return failure(f"It could not be started: {error}.")
@@ -3006,14 +3972,18 @@ class Runner:
                 log.warning("job %s is taken up when the database can be written: %s", job.job_id, error.message)
 
     def _recover_job(self, job: Job) -> None:
+        self._count_crash(job, None, AFTER_CRASH, STOPPED)
+
+    def _count_crash(self, job: Job, run: Optional[JobRun], run_at: float, reason: str) -> None:
+        """Queue a job again whose attempt ended with what ran it, unless it was its last or it may not run again."""
         job_type = self._registry.get(job.job_type)
         limit = max(MAX_ATTEMPTS, (job_type.retries if job_type else 0) + 1)
         attempts = job.crashes + job.failures + 1  # without those that an orderly stop has ended
         if attempts >= limit and not job.cancelled and not job.synchronous:
-            outcome = failure(f"{STOPPED} That was attempt {attempts} of {limit}, so it is not run again.")
-            self._store.mark_finished(job, outcome, None, self._due(job))
+            outcome = failure(f"{reason} That was attempt {attempts} of {limit}, so it is not run again.")
+            self._store.mark_finished(job, outcome, run, self._due(job))
         else:
-            self._leave(job._replace(crashes=job.crashes + 1), None, AFTER_CRASH)
+            self._leave(job._replace(crashes=job.crashes + 1), run, run_at, reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3024,6 +3994,7 @@ class Runner:
 # ---------------------------------------------------------------------------------------------------------------------
 
 ANYBODY, JOB_KEY, ADMIN = "all", "job key, admin, secure key", "admin, secure key"  # who may use a route
+RUN_TOKEN = "token of the run"
 MAX_OFFSET = 10**9  # SQLite counts to 2^63, and what skips so much is not worth waiting for
 MAX_METADATA_FILTERS = 10
 MAX_LISTED = 10_000  # job ids in one answer; the Link header leads on
@@ -3323,11 +4294,6 @@ def _matches_hash(password: bytes, hashed: str) -> bool:
     return hmac.compare_digest(given, wanted)
 
 
-def _is_same(given: str, wanted: str) -> bool:
-    from hmac import compare_digest
-    return compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
-
-
 class Secret:
     """A secret of the settings, as it is or as its hash; raises ValueError if it looks like a hash but is none."""
 
@@ -3342,7 +4308,7 @@ class Secret:
     def matches(self, given: str) -> bool:
         """Return whether ``given`` is the secret, in a time that does not tell how nearly."""
         if not self._is_hash:
-            return _is_same(given, self._wanted)
+            return is_same(given, self._wanted)
         text = given.encode("utf-8", "replace")
         digest = sign(self._memory_key, text)
         if digest not in self._approved and _matches_hash(text, self._wanted):
@@ -3448,7 +4414,7 @@ class Authenticator:
         with self._throttle.turn_of(address):
             self._throttle.check(address)
             is_password = self._password.matches(password)
-            is_login = _is_same(username, self._username) and is_password
+            is_login = is_same(username, self._username) and is_password
             self._throttle.note(address, is_login)
             return is_login
 
@@ -3471,7 +4437,7 @@ class Authenticator:
     def has_secure_key(self, request: Request) -> bool:
         """Return whether the Authorization header is the secure key."""
         given = request.headers.get("authorization")
-        return bool(given and self._secret_key) and _is_same(given or "", self._secret_key or "")
+        return bool(given and self._secret_key) and is_same(given or "", self._secret_key or "")
 
     def may_administer(self, request: Request) -> bool:
         """Return whether the request may do everything: administrator or secure key."""
@@ -3482,7 +4448,7 @@ class Authenticator:
         given = request.headers.get("authorization")
         if given is None and (request.method in ("GET", "HEAD") or is_same_origin(request)):
             given = request.cookie(KEY_COOKIE)
-        return bool(given and job.job_key and _is_same(given, job.job_key)) or self.may_administer(request)
+        return bool(given and job.job_key and is_same(given, job.job_key)) or self.may_administer(request)
 
     # -- sessions
 
@@ -3616,6 +4582,12 @@ SCHEMAS: Dict[str, Schema] = {
     "Cleared": _object("success deleted", success={"const": True}, deleted=_WHOLE),
     "Submission": {**_object("job_type api_key", job_type=_TEXT, api_key=_API_KEY, data=_ANY,
                              metadata={"type": ["object", "null"]}, result_url=_URL), "additionalProperties": False},
+    "Report": {**_object("execution first lines progress seconds", first=_WHOLE,
+                         execution={**_TEXT, "minLength": 1, "maxLength": 100},
+                         lines={"type": "array", "items": {"$ref": "#/components/schemas/LogLine"}},
+                         progress=_nullable("Progress"), seconds={"type": "number", "minimum": 0}),
+               "additionalProperties": False},
+    "Instruction": _object("cancelled", cancelled={"type": "boolean"}),
     "NewKey": {**_object("", api_key=_API_KEY), "additionalProperties": False},
     "Login": _object("username password", username=_TEXT, password=_TEXT, next=_TEXT),
 }
@@ -3664,7 +4636,7 @@ def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -
             "responses": {str(status): _answer_object(text, "Error") for status, text in REFUSALS.items()},
             "securitySchemes": {
                 "key": {"type": "apiKey", "in": "header", "name": "Authorization",
-                        "description": "a job's key, or the secure key, as the whole field"},
+                        "description": "a job's key, the secure key, or the token of a run, as the whole field"},
                 "basic": {"type": "http", "scheme": "basic", "description": "the administrator"},
                 "session": {"type": "apiKey", "in": "cookie", "name": COOKIE, "description":
                             f"the administrator, after a login; {SECURE_COOKIE} behind TLS"},
@@ -4495,6 +5467,7 @@ ASSET_HEADERS = (("Cache-Control", "public, max-age=31536000, immutable"),)  # t
 MAX_EVENT_LINES = 500  # log lines read at a time
 STREAM_HEADERS = (("X-Accel-Buffering", "no"),)  # nginx would hold events back
 SUBMIT_KEYS = frozenset(("job_type", "api_key", "data", "result_url", "metadata"))
+_TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}")
 _BAD_ID = re.compile(r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -4584,6 +5557,48 @@ def _json_text(body: Dict[str, Any], key: str) -> Optional[str]:
         raise Conflict(f"Malformed json: {key} holds a number that is not finite") from None
 
 
+def check_report(body: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the report of a run elsewhere, checked; raise Conflict with the sentence of the first wrong thing."""
+    extra = sorted(set(body) - {key for key, _, _ in _REPORT_CHECKS})
+    if extra:
+        raise Conflict(f"Too many arguments. Extra keys are {', '.join(extra)}")
+    for key, is_good, what in _REPORT_CHECKS:
+        if not is_good(body.get(key)):
+            raise Conflict(f"{key} has to be {what}")
+    return {**body, "lines": [{key: clean(value) if isinstance(value, str) else value for key, value in line.items()}
+                              for line in body["lines"]]}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e9
+
+
+def _is_line(value: Any) -> bool:
+    return (isinstance(value, dict) and set(value) == set(LogLine._fields) and _is_count(value["lineno"])
+            and all(isinstance(text, str) for name, text in value.items() if name != "lineno")
+            and bool(_TIMESTAMP.fullmatch(value["timestamp"])))
+
+
+def _is_progress(value: Any) -> bool:
+    return (isinstance(value, dict) and set(value) == {"fraction", "message"} and _is_number(value["fraction"])
+            and (value["message"] is None or isinstance(value["message"], str)))
+
+
+_REPORT_CHECKS: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
+    ("execution", lambda value: isinstance(value, str) and 0 < len(value) <= 100,
+     "a string of 1 to 100 characters, made for this execution of the task"),
+    ("first", _is_count, "a whole number: how many lines this execution has sent before"),
+    ("lines", lambda value: isinstance(value, list) and all(map(_is_line, value)),
+     f"a list of objects with {', '.join(LogLine._fields)}"),
+    ("progress", lambda value: value is None or _is_progress(value), "null, or an object of fraction and message"),
+    ("seconds", _is_number, "a number: for how long this execution has been running"),
+)
+
+
 def check_job_id(job_id: str) -> None:
     """Raise Conflict if a client may not choose this id."""
     if not job_id or len(job_id) > 255 or _BAD_ID.search(job_id) or job_id in (".", ".."):
@@ -4605,12 +5620,23 @@ class Service:
         self.metrics = Metrics()
         self.callbacks = CallbackSender(self.store, self.settings["SSL_VERIFY"], self.settings["CALLBACK_SECRET"],
                                         CallbackPolicy(self.settings["CALLBACK_HOSTS"]), self.metrics)
-        self.runner = Runner(self.store, registry, self.settings["WORKERS"], self.callbacks.notify,
-                             metrics=self.metrics)
+        try:
+            self._engine = make_engine(self.settings, registry)
+        except StartError:
+            self.callbacks.stop(0.0)
+            self.store.close()
+            raise
+        self.runner = Runner(self.store, registry, self.settings["WORKERS"], self.callbacks.notify, self._engine,
+                             self.metrics)
         self._router = Router((*ROUTES, *CONSOLE_ROUTES))
         self._closing = threading.Event()
         if self.settings["AUTO_CLEAR"]:
             threading.Thread(target=self._clear_daily, name="csp-clear", daemon=True).start()
+
+    def reachable_at(self, url: Optional[str]) -> None:
+        """Say under which address a server answers for this service, None if nobody knows."""
+        if self._engine is not None:
+            self._engine.reachable_at(url)
 
     def release(self) -> None:
         """End event streams and answer who waits for a job: the service is about to stop."""
@@ -4786,7 +5812,7 @@ class Service:
             log.debug("job %s has just been submitted by another request", clean(job_id))
         known = self.store.get_job(job_id)
         wait, applied = self._read_preferences(request)
-        if known is None or known.submission_hash is None or not _is_same(known.submission_hash,
+        if known is None or known.submission_hash is None or not is_same(known.submission_hash,
                                                                           submission.hash(known.job_key)):
             raise Conflict(f"job_id {job_id} already exists")
         return self._answer_with(known, wait, applied)
@@ -4945,6 +5971,12 @@ class Service:
         self._resend(job, _check_api_key(body["api_key"]) if "api_key" in body else None)
         return self.show_job(request, job_id)
 
+    def take_report(self, request: Request, job_id: str) -> Response:
+        """Take what a job has logged that runs elsewhere, and its progress; say whether it was told to stop."""
+        run = self.runner.find_remote(job_id, request.headers.get("authorization", ""))
+        if run is None:
+            raise Forbidden
+        return Response.json({"cancelled": not self.runner.take_report(run, check_report(read_body(request)))})
 
     # -- pages
 
@@ -5001,7 +6033,7 @@ class Service:
         given, path = request.form.get("job_key", "").strip(), job_path(job_id)
         if job is None:
             raise NotFound("job_id not found")
-        if not job.job_key or not _is_same(given, job.job_key):
+        if not job.job_key or not is_same(given, job.job_key):
             viewer = Viewer(self.settings["NAME"], False, path)
             return page_response(key_page(viewer, path, "That is not the key of this job."), 403)
         return Response.redirect(path, [key_cookie(request, path, job.job_key)])
@@ -5269,6 +6301,8 @@ ROUTES = (
           body="NewKey", parameters=("Prefer",), refusals=(404,), page=Service.resubmit_form),
     Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again", "Job", JOB_KEY,
           body="NewKey", refusals=(404,), page=Service.callback_form),
+    Route("POST", "/job/<job_id>/report", Service.take_report, "report from the worker that runs a job elsewhere",
+          "Instruction", RUN_TOKEN, body="Report"),
 )
 CONSOLE_ROUTES = (  # what only the pages' own forms use
     Route("GET", STYLE_PATH, Service.show_style, "the style of the pages", "text/css"),
@@ -5805,6 +6839,7 @@ class Server(ThreadingHTTPServer):
         except OverflowError:
             raise StartError(f"The port {port} is not between 0 and 65535.") from None
         _closed_in_children.add(self)
+        service.reachable_at(self.url)
 
     def server_bind(self) -> None:
         """Bind, without the look-up of a name that the standard server makes (slow without DNS)."""
@@ -6075,55 +7110,69 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     except StartError:
         service.close(0.0)
         raise
-    stopping = _await_signals()
+    signals = Signals()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="csp-accept", daemon=True).start()
     announce(server, sys.stdout)
-    stopping.wait()
+    signals.stopping.wait()
     log.info("stopping; running jobs have %g seconds", settings["GRACE_SECONDS"])
     deadline = time.monotonic() + settings["GRACE_SECONDS"]
     server.stop(settings["GRACE_SECONDS"])
     is_done = service.close(max(0.0, deadline - time.monotonic()))
     if not is_done:
         log.warning("jobs were still running; they are taken up again at the next start")
-    _end_process_if_held()
+    _end_process_if_held(is_done)
     return 0
 
 
-def _await_signals() -> threading.Event:
-    """Return an event that the first SIGINT or SIGTERM sets; the second ends the process at once.
+class Signals:
+    """SIGINT and SIGTERM: the first sets ``stopping``, the second ends the process at once. Main thread only.
 
     The system may give a signal to any thread, and Python's handlers wait for the main one to move; so a thread reads
     the bytes that the interpreter writes for each signal (signal.set_wakeup_fd).
     """
-    stopping = threading.Event()
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
 
-    wanted = (signal.SIGINT, signal.SIGTERM)
+    WANTED = (signal.SIGINT, signal.SIGTERM)
 
-    def read() -> None:
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        for number in self.WANTED:
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        _closed_in_children.add(self)
+        threading.Thread(target=self._read, name="csp-signals", daemon=True).start()
+
+    def _read(self) -> None:
         while True:
-            if reader.recv(1)[0] in wanted:
-                if stopping.is_set():
+            if self._reader.recv(1)[0] in self.WANTED:
+                if self.stopping.is_set():
                     os._exit(1)
-                stopping.set()
-    for number in wanted:
-        signal.signal(number, lambda *_: writer.fileno())  # does nothing, and keeps the socket alive
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=read, name="csp-signals", daemon=True).start()
-    return stopping
+                self.stopping.set()
+
+    def close_in_child(self) -> None:
+        """Let signals mean in a forked child what they mean by themselves, and tell the service nothing."""
+        signal.set_wakeup_fd(-1)
+        for number in self.WANTED:
+            signal.signal(number, signal.SIG_DFL)
 
 
-def _end_process_if_held() -> None:
-    """Exit here and now if threads of jobs or callbacks go on: the interpreter would wait for them, maybe for ever."""
+def _end_process_if_held(is_done: bool) -> None:
+    """Exit here and now if jobs or callbacks go on: the interpreter would wait for them, maybe for ever."""
     deadline = time.monotonic() + 0.5
     for thread in threading.enumerate():
-        if thread.name.startswith(("csp-job", "csp-callback")):
+        if thread.name.startswith(("csp-job", "csp-process", "csp-callback")):
             thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                logging.shutdown()
-                sys.stdout.flush()
-                os._exit(0)
+            is_done = is_done and not thread.is_alive()
+    if not is_done:
+        if "multiprocessing" in sys.modules:  # the processes of a pool, which would go on without an end
+            import multiprocessing
+            for process in multiprocessing.active_children():
+                with suppress(OSError):
+                    os.kill(process.pid or os.getpid(), SIGKILL)  # not every kind has a method for it
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6131,35 +7180,6 @@ def _end_process_if_held() -> None:
 #
 # One file is module and package, as os is with os.path: ``import csp.job as job`` finds the module in sys.modules.
 # ---------------------------------------------------------------------------------------------------------------------
-
-class Config(Mapping[str, Any]):
-    """The settings in force, as ``web.app.config``; loaded when first looked at."""
-
-    def __init__(self) -> None:
-        self._settings: Optional[Settings] = None
-        self._is_fixed = False  # by the command line, which a job module's web.init() must not undo
-
-    def load(self, settings: Optional[Settings] = None) -> Settings:
-        """Put ``settings`` in force, for good, or those that file and environment give now."""
-        if settings is not None or not self._is_fixed:
-            self._is_fixed = settings is not None
-            self._settings = load_settings() if settings is None else settings
-        return self.settings
-
-    @property
-    def settings(self) -> Settings:
-        """The settings in force."""
-        return self._settings if self._settings is not None else self.load()
-
-    def __getitem__(self, name: str) -> Any:
-        return self.settings[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.settings)
-
-    def __len__(self) -> int:
-        return len(self.settings)
-
 
 class ClientAnswer(NamedTuple):
     """What a test client gets."""
@@ -6199,7 +7219,7 @@ class Application:
     """
 
     def __init__(self) -> None:
-        self.config = Config()
+        self.config = config
         self._lock = threading.Lock()
         self._service: Optional[Service] = None
 
@@ -6210,6 +7230,7 @@ class Application:
             if self._service is None:
                 configure_logging(self.config.settings)
                 self._service = Service(self.config.settings, registry)
+                self._service.reachable_at(None)
                 atexit.register(self._service.close, 1.0)
             return self._service
 
@@ -6245,13 +7266,6 @@ web = _make_module("web", "The service.", app=_application, init=lambda: _applic
                    configure=lambda: _application.config.load() and None)
 
 
-def _become(name: str) -> None:
-    """Make ``import name`` and its submodules mean this module, which may be running as ``__main__``."""
-    sys.modules[name] = sys.modules[__name__]
-    for part in (job, util, web):
-        sys.modules[f"{name}.{part.__name__.rpartition('.')[2]}"] = part
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6269,43 +7283,6 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--hash-password", action="store_true", help="make a hash for the setting PASSWORD, and exit")
     parser.add_argument("--version", action="version", version=f"csp.py {__version__}")
     return parser
-
-
-def _load_file(path: Path) -> None:
-    """Import a file under its own name, or one like it if another module has that."""
-    name = stem = re.sub(r"\W", "_", path.stem)
-    for number in itertools.count(2):
-        known = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
-        if name in sys.modules and known is not None and known.origin == str(path):
-            return
-        if known is None or known.origin == str(path):
-            break
-        name = f"{stem}_{number}"
-    spec = importlib.util.spec_from_file_location(name, str(path))
-    if spec is None or spec.loader is None or not path.is_file():
-        raise ImportError("there is no such file")
-    sys.path.append(str(path.parent))
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
-def load_jobs(name: str) -> None:
-    """Import a job module by name or by the path of its .py file; raise StartError if that fails."""
-    try:
-        if not name.endswith(".py"):
-            importlib.import_module(name)
-            return
-        _load_file(Path(name).resolve())
-    except StartError:
-        raise
-    except ImportError as error:
-        raise StartError(f"The job module {name} cannot be imported: {error}.") from None
-    except SyntaxError as error:
-        raise StartError(f"The job module {name} has a syntax error: {error}.") from None
-    except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        raise StartError(f"The job module {name} fails: {type(error).__name__}: {_safe_text(error)} "
-                         f"({line.filename}, line {line.lineno}).") from error
 
 
 def _run_once(arguments: Sequence[str]) -> int:
@@ -6373,7 +7350,7 @@ def _run_command(options: argparse.Namespace) -> int:
     settings = _application.config.load(load_settings(options.config, None, overrides))
     sys.path.insert(0, os.getcwd())
     for name in options.jobs:
-        load_jobs(name)
+        load_module(name)
     return _run_once(options.run) if options.run else serve(settings, registry)
 
 
@@ -6382,11 +7359,11 @@ def wsgi_app(*jobs: str) -> Application:
 
     Settings come from JOB_CONFIG and the environment. Raises StartError if a module cannot be imported.
     """
-    _become("csp")
-    _become("ckanserviceprovider")
+    become("csp")
+    become("ckanserviceprovider")
     sys.path.insert(0, os.getcwd())
     for name in jobs:
-        load_jobs(name)
+        load_module(name)
     return _application
 
 
@@ -6401,6 +7378,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    _become("csp")
-    _become("ckanserviceprovider")
+    become("csp")
+    become("ckanserviceprovider")
     sys.exit(main())

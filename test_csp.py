@@ -3,6 +3,7 @@
 import ast
 import base64
 import calendar
+import concurrent.futures
 import contextlib
 import dis
 import email.utils
@@ -741,6 +742,8 @@ class TestSource:
         [
             ("sqlite3", None, ["Store"]),
             ("socket", None, ["Callbacks", "Transports"]),
+            ("multiprocessing", None, ["Executors"]),
+            ("subprocess", None, ["Executors"]),
             ("socketserver", None, ["Transports"]),
             ("argparse", None, ["Command line"]),
             ("os", "environ", ["Settings", "Command line"]),
@@ -833,8 +836,8 @@ class TestSource:
         )
         modules = set(done.stdout.decode("ascii").split())
         assert {"csp", "sqlite3"} <= modules
-        late = {"csv", "getpass", "hashlib", "hmac", "inspect", "logging.handlers", "secrets", "urllib.request"}
-        assert late & modules == set()
+        lazy = {"csv", "getpass", "hashlib", "hmac", "inspect", "logging.handlers", "multiprocessing", "pickle"}
+        assert (lazy | {"secrets", "subprocess", "urllib.request"}) & modules == set()
 
     def test_it_needs_no_file_but_itself(self, tmp_path):
         (tmp_path / "ckanserviceprovider.py").write_text(SOURCE, encoding="utf-8")
@@ -1284,6 +1287,14 @@ VALUES = {
     "LOG_FILE": OPTIONAL_TEXTS,
     "CALLBACK_SECRET": ([*OPTIONAL_TEXTS[0], ("whsec_c2VjcmV0", "whsec_c2VjcmV0")], ["whsec_!", "whsec_abc", "whsec_"]),
     "PORT": whole(0, 65_535),
+    "EXECUTOR": (
+        [(name, name) for name in ("thread", "process", "my_jobs:cluster", "pkg.jobs:Pool", "a/b.py:make")],
+        ["", None, "threads", "my_jobs", "my_jobs:", ":make", "my_jobs:2", "a:b.c", 5],
+    ),
+    "URL": (
+        [(None, None), ("", None), ("http://a:81", "http://a:81/"), ("https://a.org/jobs/", "https://a.org/jobs/")],
+        ["a.org", "ftp://a", "http://", "http://a/?b", "http://a b/", 5],
+    ),
     "WORKERS": whole(1, 10_000),
     "KEEP_JOBS_AGE": whole(0, 36_500),
     "MAX_BODY_BYTES": whole(1024, 2**31),
@@ -1705,8 +1716,9 @@ class TestJobs:
         assert job_type.timeout == (options or {}).get("timeout")
 
     def test_options_are_kept(self):
-        registry = registry_of(lambda task_id, input: None, timeout=2.5, retries=3, at_most_once=True)
-        assert registry.get("work")[2:] == (False, 2.5, 3, True)
+        options = {"timeout": 2.5, "retries": 3, "at_most_once": True, "memory_limit": 2**30}
+        registry = registry_of(lambda task_id, input: None, **options)
+        assert registry.get("work")[2:] == (False, 2.5, 3, True, 2**30)
 
     def test_names_are_sorted_and_others_are_unknown(self):
         registry = example_registry()
@@ -1738,6 +1750,9 @@ class TestJobs:
             ("asynchronous", {"retries": -1}),
             ("synchronous", {"retries": 1}),
             ("synchronous", {"at_most_once": True}),
+            ("asynchronous", {"memory_limit": 0}),
+            ("asynchronous", {"memory_limit": -1}),
+            ("synchronous", {"memory_limit": 2**30}),
             ("asynchronous", {"no_such_option": 1}),
         ],
         ids=str,
@@ -2510,9 +2525,10 @@ class TestConsole:
 
         for depth in (50, 700, 850, 950, 985):
             for job_type in ("nest", "nest_error"):
-                job = console.client.submit(job_type, depth)
-                assert page_of(console.client, "/job/" + job["job_id"]).status == 200
-                assert job["error"] is None or re.match("deep|.*recursion", job["error"]["message"])
+                path = f"/job/{job_type}-{depth}"
+                body = {"job_type": job_type, "api_key": "k", "data": depth}
+                assert console.client.post(path, body).status == 200
+                assert page_of(console.client, path).status == 200
         assert page_of(console.client, "/").status == 200
 
     def test_enter_in_the_field_for_the_key_resubmits(self, console):
@@ -5304,6 +5320,836 @@ def wait_until_done(client):
     eventually(lambda: pending_count(client) == 0)
 
 
+ENGINE_JOBS = """
+    import ctypes, logging, os, signal, subprocess, sys, time
+    import csp.job as job
+    import csp.util as util
+    from csp import web
+
+    NAME = web.app.config["NAME"]  # when the module is imported
+    web.init()
+
+    class TwoArguments(Exception):
+        def __init__(self, one, two):
+            super().__init__(one, two)
+
+    def logger_of(task_id, input):
+        logger = logging.getLogger(task_id)
+        logger.setLevel("INFO")
+        logger.propagate = False
+        logger.addHandler(util.StoringHandler(task_id, input))
+        return logger
+
+    @job.asynchronous
+    def succeed(task_id, input):
+        input["api_key"] = input["api_key"][::-1]
+        return {"task_id": task_id, "input": input, "name": NAME, "mine": web.app.config["MINE"], "pid": os.getpid()}
+
+    @job.asynchronous
+    def verdict(task_id, input):
+        raise util.JobError("no")
+
+    @job.asynchronous
+    def broken(task_id, input):
+        raise ValueError("serious exception")
+
+    @job.asynchronous
+    def two_arguments(task_id, input):
+        raise TwoArguments(1, 2)
+
+    @job.asynchronous
+    def leave(task_id, input):
+        sys.exit(3)
+
+    @job.asynchronous
+    def no_json(task_id, input):
+        return object()
+
+    @job.asynchronous
+    def binary(task_id, input):
+        return bytes(range(256))
+
+    @job.synchronous
+    def stream(task_id, input):
+        return lambda: iter(["a", "b", "c"])
+
+    @job.asynchronous
+    def lines(task_id, input):
+        logger = logger_of(task_id, input)
+        for number in range(input["data"]):
+            logger.info("line %d", number)
+
+    @job.asynchronous
+    def progress(task_id, input):
+        util.set_progress(task_id, 0.25, "a quarter")
+        wait(task_id, input)
+        util.set_progress(task_id, 0.75)
+
+    @job.asynchronous(timeout=1)
+    def late(task_id, input):
+        wait(task_id, input)
+
+    @job.asynchronous(retries=1)
+    def flaky(task_id, input):
+        if not os.path.exists(input["data"]):
+            open(input["data"], "w").close()
+            raise OSError("the first attempt fails")
+        return "second"
+
+    @job.asynchronous
+    def wait(task_id, input):
+        "Say which process this is, and go on once there is the file."
+        logger_of(task_id, input).info("%d", os.getpid())
+        pause = __import__("threading").Event()
+        while not os.path.exists(input["data"]):
+            util.check_cancelled(task_id)
+            pause.wait(0.01)
+        return os.getpid()
+
+    once = job.asynchronous(at_most_once=True)(type(wait)(wait.__code__, globals(), "once"))
+    once.__qualname__ = "once"
+
+    @job.asynchronous
+    def stubborn(task_id, input):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        logger_of(task_id, input).info("%d", child.pid)
+        child.wait()
+
+    @job.asynchronous
+    def crash(task_id, input):
+        {"segfault": lambda: ctypes.string_at(0), "exit": lambda: os._exit(3),
+         "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}[input["data"]]()
+
+    @job.asynchronous(memory_limit=2**28)
+    def hungry(task_id, input):
+        return len(bytearray(input["data"]))
+
+    @job.asynchronous
+    def large(task_id, input):
+        return "x" * 10_000_000
+
+    @job.asynchronous
+    def burn(task_id, input):
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            sum(range(1000))
+"""
+FACTORIES = """
+    import concurrent.futures, os
+
+    def pool(settings):
+        return concurrent.futures.ProcessPoolExecutor(settings["WORKERS"])
+
+    def loky(settings):
+        import loky
+        return loky.ProcessPoolExecutor(settings["WORKERS"])
+
+    def dask(settings):
+        from distributed import Client
+        return Client(os.environ["DASK_ADDRESS"]).get_executor(pure=False)
+
+    broken = lambda settings: 1 / 0
+    not_one = lambda settings: "an executor"
+    number = 5
+"""
+ENGINES = ("thread", "process", "pool", "loky", "dask")
+
+
+ENGINE_SETTINGS = "MINE = 'my own'\nNAME = 'engines'\n"
+
+
+class Dask:
+    """A Dask cluster on loopback: a scheduler and two workers with a process each; ``address``."""
+
+    def __init__(self, directory):
+        needs_module("distributed")
+        self._processes = []
+        place = directory / "scheduler.json"
+        self._run(directory, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", place)
+        eventually(lambda: place.exists() and place.read_text().endswith("}"))
+        self.address = json.loads(place.read_text())["address"]
+        for _ in range(2):
+            self._run(directory, "worker", "--host", "127.0.0.1", "--nthreads", "4", "--scheduler-file", place)
+
+    def _run(self, directory, *arguments):
+        with open(directory / f"dask-{len(self._processes)}.txt", "wb") as log:
+            self._processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "distributed.cli.dask_" + arguments[0], "--no-dashboard"]
+                    + [str(argument) for argument in arguments[1:]],
+                    cwd=str(directory),
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                )
+            )
+
+    def stop(self):
+        for process in reversed(self._processes):
+            process.terminate()
+        for process in self._processes:
+            process.wait(PATIENCE_SECONDS)
+
+
+@pytest.fixture(scope="session")
+def dask(tmp_path_factory):
+    """Return a function that returns the one Dask cluster of all tests of this process."""
+    clusters = []
+
+    def get():
+        if not clusters:
+            clusters.append(Dask(tmp_path_factory.mktemp("dask")))
+        return clusters[0]
+
+    yield get
+    for cluster in clusters:
+        cluster.stop()
+
+
+def launch_engine(directory, engine, dask, *arguments, jobs="engine_jobs", **environ):
+    """Start ``csp.py --executor ENGINE`` with ENGINE_JOBS and four workers; return the Process."""
+    if engine == "loky":
+        needs_module("loky")
+    for name, text in (("engine_jobs", ENGINE_JOBS), ("factories", FACTORIES), ("settings", ENGINE_SETTINGS)):
+        if not (directory / f"{name}.py").exists():
+            (directory / f"{name}.py").write_text(textwrap.dedent(text), encoding="utf-8")
+    return Process(
+        directory,
+        *("--executor", engine if engine in ("thread", "process") else f"factories:{engine}", "--workers", 4),
+        *("--jobs", jobs, "--db", directory / "jobs.db", "--config", "settings.py", *arguments),
+        environ={"DASK_ADDRESS": dask().address if engine == "dask" else "", "CSP_GRACE_SECONDS": "1", **environ},
+    )
+
+
+@pytest.fixture
+def engage(tmp_path, dask):
+    """``launch_engine`` in a directory of the test's own; what it starts ends with the test."""
+    processes = []
+
+    def start_engine(engine, *arguments, **options):
+        processes.append(launch_engine(tmp_path, engine, dask, *arguments, **options))
+        return processes[-1]
+
+    yield start_engine
+    for process in processes:
+        process.terminate()
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory, dask):
+    """Return a function that gives the one Process with that engine that all tests share which do it no harm."""
+    running = {}
+
+    def get(engine):
+        if engine not in running:
+            running[engine] = launch_engine(tmp_path_factory.mktemp(engine), engine, dask)
+        return running[engine]
+
+    yield get
+    for process in running.values():
+        process.terminate()
+        process.kill()
+
+
+def first_line(client, job):
+    """Return the message of the job's first log line once there is one, live."""
+    return eventually(lambda: client.show(job)["logs"])[0]["message"]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid):
+    """Return the processes that this one has started, and those that they have."""
+    found = []
+    for child in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for word in child.read_text().split():
+                found += [int(word), *descendants(int(word))]
+    return found
+
+
+@pytest.fixture
+def file(tmp_path):
+    """The path of a file that jobs of type ``wait`` wait for; there is none yet."""
+    return tmp_path / "go on"
+
+
+class TestEngines:
+    """The same jobs, with the same outcomes, on every executor."""
+
+    pytestmark = pytest.mark.parametrize("engine", ENGINES)
+
+    def test_a_result_with_what_the_function_gets_and_the_settings_it_sees(self, engines, engine):
+        client = engines(engine).client
+        job = client.submit("succeed", {"a": [1, None, "\u00e4"]}, metadata={"m": 1})
+        data = client.finish(job)["data"]
+        sent = {"job_type": "succeed", "api_key": "secret-api-key"[::-1], "data": {"a": [1, None, "\u00e4"]}}
+        assert data["input"] == {**sent, "metadata": {"m": 1}}
+        assert (data["task_id"], data["name"], data["mine"]) == (job["job_id"], "engines", "my own")
+        assert (data["pid"] == engines(engine).process.pid) == (engine == "thread")
+
+    @pytest.mark.parametrize(
+        "job_type, message, has_traceback",
+        [
+            ("verdict", "no", False),
+            ("broken", "ValueError: serious exception", True),
+            ("two_arguments", "TwoArguments: (1, 2)", True),
+            ("leave", "SystemExit: 3", True),
+            ("no_json", "The result of the job is not JSON: Object of type object is not JSON serializable", False),
+        ],
+    )
+    def test_an_error(self, engines, engine, job_type, message, has_traceback):
+        client = engines(engine).client
+        job = client.finish(client.submit(job_type))
+        assert (job["status"], job["error"]["message"], job["attempts"]) == ("error", message, 1)
+        assert ("traceback" in job["error"]) == has_traceback
+
+    def test_bytes_and_a_stream(self, engines, engine):
+        client = engines(engine).client
+        job = client.finish(client.submit("binary"))
+        assert base64.b64decode(job["data"]["base64"]) == bytes(range(256))
+        job = client.post("/job", {"job_type": "stream", "api_key": "k"}, Prefer="respond-async").json
+        assert client.finish(job)["status"] == "complete"
+
+    def test_ten_megabytes(self, engines, engine):
+        client = engines(engine).client
+        job = client.finish(client.submit("large"))
+        assert job["data"] == "x" * 10_000_000
+
+    def test_ten_thousand_log_lines_come_in_order_and_once(self, engines, engine):
+        client = engines(engine).client
+        job = client.finish(client.submit("lines", 10_000))
+        assert [line["message"] for line in job["logs"]] == [f"line {number}" for number in range(10_000)]
+        assert {line["module"] for line in job["logs"]} == {"engine_jobs"}
+
+    def test_progress_and_log_are_seen_while_the_job_runs(self, engines, engine, file):
+        client = engines(engine).client
+        job = client.submit("progress", str(file))
+        first_line(client, job)
+        eventually(lambda: client.show(job)["progress"] == {"fraction": 0.25, "message": "a quarter"})
+        file.touch()
+        assert client.finish(job)["progress"] == {"fraction": 0.75, "message": None}
+
+    def test_cancel_reaches_check_cancelled(self, engines, engine, file):
+        client = engines(engine).client
+        job = client.submit("wait", str(file))
+        first_line(client, job)
+        assert client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status == 200
+        assert client.finish(job)["error"] == {"message": "cancelled"}
+
+    def test_deleting_a_running_job_stops_it(self, engines, engine, file):
+        client = engines(engine).client
+        job, after = client.submit("wait", str(file)), "/metrics"
+        first_line(client, job)
+        assert client.delete(f"/job/{job['job_id']}", key=job["job_key"]).status == 200
+        eventually(lambda: "csp_jobs_running 0\n" in client.get(after).body.decode())
+        assert client.get(f"/job/{job['job_id']}", key=SECURE_KEY).status == 404
+
+    def test_a_timeout_ends_the_job_and_its_late_result_is_dropped(self, engines, engine, file):
+        client = engines(engine).client
+        job = client.submit("late", str(file))
+        assert client.finish(job)["error"]["message"] == "The job took longer than its timeout of 1 seconds."
+        file.touch()
+        assert client.finish(client.submit("succeed"))["status"] == "complete"
+        assert client.show(job)["status"] == "error"
+
+    def test_what_raises_is_tried_again_if_it_may(self, engines, engine, file):
+        client = engines(engine).client
+        job = client.finish(client.submit("flaky", str(file)))
+        assert (job["status"], job["data"], job["attempts"]) == ("complete", "second", 2)
+
+    def test_callbacks_come(self, engines, engine, receiver):
+        client = engines(engine).client
+        jobs = [client.submit("succeed", number, result_url=receiver.url) for number in range(20)]
+        bodies = [body for _, body in receiver.wait(20)]
+        assert sorted(body["job_id"] for body in bodies) == sorted(job["job_id"] for job in jobs)
+        assert {headers["Authorization"] for headers, _ in receiver.received} == {"secret-api-key"}
+
+    @pytest.mark.parametrize("kind", ["file", "package"])
+    def test_job_modules_are_found(self, engage, engine, kind, tmp_path):
+        place = tmp_path / "else where" / "pkg"
+        place.mkdir(parents=True)
+        source = "import csp.job as job\n@job.asynchronous\ndef here(task_id, input):\n    return __name__, help()\n"
+        (place / "json.py").write_text(source + "def help():\n    return 1\n")  # the name of another module
+        (place / "jobs.py").write_text(source.replace("import", "from .tool import help\nimport", 1))
+        (place / "tool.py").write_text("def help():\n    return 2\n")
+        (place / "__init__.py").write_text("")
+        shutil.copytree(str(place), str(tmp_path / "pkg"))
+        client = engage(engine, jobs=str(place / "json.py") if kind == "file" else "pkg.jobs").client
+        ended = client.finish(client.submit("here"))
+        assert ended["error"] is None
+        name, number = ended["data"]
+        assert number == (1 if kind == "file" else 2) and name == ("json_2" if kind == "file" else "pkg.jobs")
+
+    def test_the_service_is_killed_and_each_job_ends_once(self, engage, engine, file, receiver):
+        first = engage(engine)
+        jobs = [first.client.submit("wait", str(file), result_url=receiver.url) for _ in range(6)]
+        once = first.client.submit("once", str(file), result_url=receiver.url)
+        eventually(lambda: sum(bool(first.client.show(job)["logs"]) for job in jobs) >= 3)
+        first.kill()
+        file.touch()
+        client = engage(engine).client
+        ended = [client.finish(job) for job in jobs]
+        assert {job["status"] for job in ended} == {"complete"} and {job["attempts"] for job in ended} <= {1, 2}
+        if client.finish(once)["status"] == "error":
+            assert client.show(once)["error"]["message"].endswith("It is not of a kind that is run again.")
+        receiver.wait(7)
+        eventually(lambda: all(client.show(job)["callback"]["status"] == "delivered" for job in [*jobs, once]))
+        assert len({body["job_id"] for _, body in receiver.received}) == 7
+
+    def test_a_stop_leaves_what_runs_to_the_next_start(self, engage, engine, file):
+        first = engage(engine)
+        job = first.client.submit("wait", str(file))
+        first_line(first.client, job)
+        assert first.terminate() == 0
+        file.touch()
+        assert engage(engine).client.finish(job)["status"] == "complete"
+
+
+class TestProcesses:
+    """A process for each job."""
+
+    @pytest.mark.parametrize(
+        "how, message",
+        [
+            ("segfault", "The process of the job was killed by signal 11 (SIGSEGV)."),
+            ("exit", "The process of the job ended with exit code 3 before the job had returned."),
+            ("kill", "The process of the job was killed by signal 9 (SIGKILL)."),
+        ],
+    )
+    def test_whatever_ends_a_process_ends_its_job_alone(self, engines, file, how, message):
+        client = engines("process").client
+        other = client.submit("wait", str(file))
+        first_line(client, other)
+        assert client.finish(client.submit("crash", how))["error"] == {"message": message}
+        file.touch()
+        assert client.finish(other)["status"] == "complete"
+
+    def test_a_killed_process_is_an_error_within_a_second(self, engines, file):
+        client = engines("process").client
+        job = client.submit("wait", str(file))
+        os.kill(int(first_line(client, job)), signal.SIGKILL)
+        job = client.finish(job, timeout_seconds=1.0)
+        assert job["error"] == {"message": "The process of the job was killed by signal 9 (SIGKILL)."}
+
+    def test_cancel_ends_the_process_within_a_second(self, engines, file):
+        client = engines("process").client
+        job = client.submit("wait", str(file))
+        pid = int(first_line(client, job))
+        client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+        assert client.finish(job, timeout_seconds=1.0)["error"] == {"message": "cancelled"}
+        assert not is_alive(pid)
+
+    @pytest.mark.parametrize("how", ["cancel", "delete"])
+    def test_one_that_ignores_sigterm_is_killed_with_what_it_has_started(self, engines, how):
+        client = engines("process").client
+        job = client.submit("stubborn")
+        child = int(first_line(client, job))
+        if how == "cancel":
+            client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+            assert client.finish(job)["error"] == {"message": "cancelled"}
+        else:
+            client.delete(f"/job/{job['job_id']}", key=job["job_key"])
+        eventually(lambda: not is_alive(child))
+
+    def test_a_timeout_ends_the_process(self, engines, file):
+        client = engines("process").client
+        job = client.submit("late", str(file))
+        pid = int(first_line(client, job))
+        client.finish(job)
+        eventually(lambda: not is_alive(pid))
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold the limit")
+    def test_a_memory_limit_holds_for_its_job(self, engines):
+        client = engines("process").client
+        assert client.finish(client.submit("hungry", 2**24))["data"] == 2**24
+        assert client.finish(client.submit("hungry", 2**29))["error"]["message"] == "MemoryError"
+
+    def test_a_thousand_jobs_leave_nothing_behind(self, engage):
+        server = engage("process")
+        client, pid = server.client, server.process.pid
+
+        def run(count):
+            connection = KeepAlive(client)
+            for number in range(count):
+                connection.submit({"job_type": "verdict", "api_key": "k", "data": number})
+            wait_until_done(client)
+            eventually(lambda: len(descendants(pid)) == 1)  # the server process
+            fork_server = descendants(pid)[0]
+            return [
+                (memory_kilobytes(one), len(os.listdir(f"/proc/{one}/fd"))) for one in (pid, fork_server)
+            ], thread_count(pid)
+
+        run(100)
+        (own, server_process), threads = run(100)
+        (own_after, server_process_after), threads_after = run(1000)
+        assert own_after[1] <= own[1] + 2 and server_process_after[1] == server_process[1]
+        assert own_after[0] < own[0] + 8_000 and server_process_after[0] < server_process[0] + 2_000
+        assert threads_after <= threads + 4
+
+    def test_all_processes_end_when_the_service_is_killed(self, engage, file):
+        server = engage("process")
+        job = server.client.submit("stubborn")
+        child = int(first_line(server.client, job))
+        family = descendants(server.process.pid)
+        assert child in family and len(family) == 3
+        server.kill()
+        eventually(lambda: not any(map(is_alive, family[:2])))
+
+    def test_a_dead_server_process_is_replaced_and_its_jobs_run_again(self, engage, file):
+        server = engage("process")
+        jobs = [server.client.submit("wait", str(file)) for _ in range(3)]
+        pids = [int(first_line(server.client, job)) for job in jobs]
+        fork_server = [pid for pid in descendants(server.process.pid) if pid not in pids][0]
+        os.kill(fork_server, signal.SIGKILL)
+        file.touch()
+        ended = [server.client.finish(job) for job in jobs]
+        assert {(job["status"], job["attempts"]) for job in ended} <= {("complete", 1), ("complete", 2)}
+        assert not any(map(is_alive, pids))
+
+    def test_modules_are_loaded_before_the_first_job(self, engage, tmp_path):
+        counter = tmp_path / "imports"
+        (tmp_path / "counted.py").write_text(
+            f"import csp.job as job\nopen({str(counter)!r}, 'a').write('x')\n"
+            "@job.asynchronous\ndef work(task_id, input):\n    pass\n"
+        )
+        client = engage("process", jobs=str(tmp_path / "counted.py")).client
+        for job in [client.submit("work") for _ in range(5)]:
+            assert client.finish(job)["status"] == "complete"
+        assert counter.read_text() == "xx"  # in the service and in the server process
+
+    def test_processes_are_spawned_where_there_is_no_fork(self, monkeypatch):
+        monkeypatch.delattr(os, "fork")
+        executor = csp.ProcessExecutor(1, {}, [])
+        assert executor.submit(str.upper, "abc").result(PATIENCE_SECONDS) == "ABC"
+        with pytest.raises(csp.WorkerDied, match="exit code 3"):
+            executor.submit(os._exit, 3).result(PATIENCE_SECONDS)
+        future = executor.submit(time.sleep, 100)
+        eventually(lambda: future._child is not None)
+        future.cancel()
+        with pytest.raises(csp.WorkerDied, match="SIGTERM"):
+            future.result(PATIENCE_SECONDS)
+        executor.shutdown()
+
+    def test_secrets_reach_the_jobs_own_processes_and_no_others(self):
+        settings = csp.Settings({"SECRET_KEY": "s", "PASSWORD": "p", "API_KEYS": ["k"], "MINE": "m", "CODE": print})
+        here, there = (csp.describe_place(settings, is_here)["settings"] for is_here in (True, False))
+        assert set(here) - set(there) == {"SECRET_KEY", "PASSWORD", "API_KEYS", "CALLBACK_SECRET"}
+        assert there["MINE"] == "m" and "CODE" not in here
+
+
+class TestDask:
+    """Jobs on a cluster whose workers die."""
+
+    def test_the_jobs_of_a_killed_worker_run_again_elsewhere(self, engines, file):
+        client = engines("dask").client
+        jobs = [client.submit("wait", str(file)) for _ in range(3)]
+        once = client.submit("once", str(file))
+        pids = [int(first_line(client, job)) for job in (*jobs, once)]
+        for pid in {pids[0], pids[3]}:
+            os.kill(pid, signal.SIGKILL)
+        begun_again = [job for job, pid in zip(jobs, pids) if pid in (pids[0], pids[3])]
+        for job in begun_again:
+            eventually(lambda job=job: len(client.show(job)["logs"]) >= 3)
+        file.touch()
+        for job in jobs:
+            ended = client.finish(job)
+            assert ended["status"] == "complete"
+            lines = [line["message"] for line in ended["logs"]]
+            assert ("The executor has begun the job again." in lines) == (job in begun_again)
+        assert client.finish(once)["error"]["message"].endswith("It is not of a kind that is run again.")
+
+
+class HeldExecutor(concurrent.futures.Executor):
+    """An executor in the hand of a test: ``calls``, of all that are ``made``, are (future, function, arguments)."""
+
+    made, calls, refusal = [], queue.Queue(), None
+
+    def __init__(self, settings):
+        self.made.append(self)
+
+    def submit(self, function, *arguments):
+        if self.refusal is not None:
+            raise self.refusal
+        future = concurrent.futures.Future()
+        self.calls.put((future, function, arguments))
+        return future
+
+    def shutdown(self, wait=True):
+        self.is_shut_down = True
+
+
+def top_level(task_id, input):
+    """A job function that can be found by its name."""
+    csp.set_progress(task_id, 0.5)
+    return input["data"]
+
+
+top_level_once = type(top_level)(top_level.__code__, globals(), "top_level_once")
+top_level_once.__qualname__ = "top_level_once"
+
+
+@pytest.fixture
+def held_engine(start, monkeypatch):
+    """A service with HeldExecutor: ``service.take()`` returns the next call as (future, run) and ``made``."""
+    monkeypatch.setattr(HeldExecutor, "made", [])
+    monkeypatch.setattr(HeldExecutor, "calls", queue.Queue())
+    registry = csp.Registry()
+    registry.asynchronous(timeout=60)(top_level)
+    registry.asynchronous(at_most_once=True)(top_level_once)
+    monkeypatch.setitem(sys.modules, "held_factory", sys.modules[__name__])
+    running = start(registry, EXECUTOR="held_factory:HeldExecutor")
+
+    def take():
+        future, function, arguments = HeldExecutor.calls.get(timeout=PATIENCE_SECONDS)
+        return future, lambda: function(*arguments), json.loads(arguments[1]["task"])
+
+    running.take = take
+    yield running
+    running.stop(grace_seconds=0.0)
+
+
+REPORT = {"execution": "one", "first": 0, "lines": [], "progress": None, "seconds": 0.5}
+LINE = {
+    "timestamp": "2026-01-01T00:00:00.000000",
+    "message": "m",
+    "level": "INFO",
+    "module": "mod",
+    "funcName": "f",
+    "lineno": 3,
+}
+
+
+def report(client, task, **more):
+    """Send a report as a worker does; return the answer."""
+    path = urllib.parse.urlsplit(task["url"]).path
+    return client.post(path, {**REPORT, **more}, key=task["token"])
+
+
+class TestTasks:
+    """What is handed to an executor, what it may do, and what comes back from where it runs."""
+
+    def test_strings_go_in_and_a_string_comes_out(self, held_engine):
+        job = held_engine.client.submit("top_level", {"a": 1})
+        future, call, task = held_engine.take()
+        assert task["function"] == {"module": "test_csp", "file": str(Path(__file__).resolve()), "name": "top_level"}
+        assert task["url"] == f"{held_engine.server.url}job/{job['job_id']}/report"
+        result = call()
+        assert isinstance(result, str)
+        future.set_result(result)
+        ended = held_engine.client.finish(job)
+        assert (ended["status"], ended["data"], ended["progress"]["fraction"]) == ("complete", {"a": 1}, 0.5)
+
+    def test_no_secret_of_the_service_is_in_a_task(self, held_engine):
+        held_engine.client.submit("top_level")
+        task = json.dumps(held_engine.take()[2])
+        assert SETTINGS["PASSWORD"] not in task and SECURE_KEY not in task
+
+    def test_lines_count_once_however_often_they_are_sent(self, held_engine):
+        client, job = held_engine.client, held_engine.client.submit("top_level")
+        future, call, task = held_engine.take()
+        lines = [{**LINE, "message": str(number)} for number in range(6)]
+        assert report(client, task, lines=lines[:3]).json == {"cancelled": False}
+        assert report(client, task, lines=lines[:3]).json == {"cancelled": False}
+        assert report(client, task, first=2, lines=lines[2:5]).json == {"cancelled": False}
+        result = json.loads(csp.run_task(json.dumps({**task, "url": None})))
+        result["report"] = {**REPORT, "first": 4, "lines": lines[4:]}
+        future.set_result(json.dumps(result))
+        ended = client.finish(job)
+        assert [line["message"] for line in ended["logs"]] == list("012345")
+        assert ended["logs"][0] == {**LINE, "message": "0"}
+
+    def test_only_the_latest_execution_counts(self, held_engine):
+        client, job = held_engine.client, held_engine.client.submit("top_level")
+        _, _, task = held_engine.take()
+        report(client, task, lines=[{**LINE, "message": "old"}])
+        assert report(client, task, execution="two", lines=[LINE]).json == {"cancelled": False}
+        assert report(client, task, first=1, lines=[{**LINE, "message": "late"}]).json == {"cancelled": True}
+        eventually(lambda: len(client.show(job)["logs"]) == 3)
+        lines = [line["message"] for line in client.show(job)["logs"]]
+        assert lines == ["old", "The executor has begun the job again.", "m"]
+
+    def test_a_second_execution_of_what_may_run_once_is_refused(self, held_engine):
+        client, job = held_engine.client, held_engine.client.submit("top_level_once", 1)
+        future, call, task = held_engine.take()
+        first, second = call(), call()  # each asks first
+        assert json.loads(first)["status"] == "complete"
+        assert json.loads(second)["error"] and json.loads(second)["data"] is None
+        future.set_result(second)
+        assert client.finish(job)["error"]["message"].endswith("It is not of a kind that is run again.")
+
+    def test_what_may_run_once_is_not_begun_without_the_service(self, held_engine, dead_url, monkeypatch):
+        monkeypatch.setattr(csp, "REPORT_SECONDS", 0.01)
+        held_engine.client.submit("top_level_once", 1)
+        task = held_engine.take()[2]
+        result = json.loads(csp.run_task(json.dumps({**task, "url": dead_url})))
+        assert "cannot reach the service" in result["error"]
+
+    def test_without_a_way_to_the_service_everything_comes_with_the_result(self, held_engine, dead_url):
+        held_engine.client.submit("top_level", 1)
+        task = held_engine.take()[2]
+        for url in (None, dead_url):
+            result = json.loads(csp.run_task(json.dumps({**task, "url": url})))
+            assert result["report"]["progress"] == {"fraction": 0.5, "message": None}
+
+    def test_a_cancelled_or_ended_job_is_told_so(self, held_engine):
+        client, job = held_engine.client, held_engine.client.submit("top_level")
+        future, _, task = held_engine.take()
+        assert report(client, task).json == {"cancelled": False}
+        client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+        assert client.finish(job)["error"] == {"message": "cancelled"}  # the engine has agreed to cancel
+        assert future.cancelled()
+        answer = report(client, task)
+        assert (answer.status, answer.json) == (403, {"error": "not authorized"})
+
+    def test_a_timeout_counts_from_when_the_job_has_begun_there(self, held_engine):
+        held_engine.client.submit("top_level")
+        task = held_engine.take()[2]
+        runner = held_engine.service.runner
+        before = next(iter(runner._running.values()))[2]
+        eventually(lambda: report(held_engine.client, task, execution=uuid.uuid4().hex, seconds=0).status == 200)
+        assert next(iter(runner._running.values()))[2] > before
+
+    @pytest.mark.parametrize("key", ["job key", "another's token", "", "x", SECURE_KEY, ADMIN], ids=range(6))
+    def test_only_the_token_of_the_run_opens_the_route(self, held_engine, key):
+        client, job = held_engine.client, held_engine.client.submit("top_level")
+        task = held_engine.take()[2]
+        client.submit("top_level")
+        other = held_engine.take()[2]
+        key = {"job key": job["job_key"], "another's token": other["token"]}.get(key, key)
+        assert report(client, {**task, "token": key}).status == 403
+        assert client.get(f"/job/{job['job_id']}", key=task["token"]).status == 403
+        assert client.post("/job/unknown/report", REPORT, key=task["token"]).status == 403
+        assert report(client, task).status == 200
+
+    @pytest.mark.parametrize(
+        "more, words",
+        [
+            ({"execution": ""}, "execution has to be"),
+            ({"execution": 5}, "execution has to be"),
+            ({"first": -1}, "first has to be"),
+            ({"first": True}, "first has to be"),
+            ({"lines": None}, "lines has to be"),
+            ({"lines": [{}]}, "lines has to be"),
+            ({"lines": [{**LINE, "lineno": "3"}]}, "lines has to be"),
+            ({"lines": [{**LINE, "timestamp": "yesterday"}]}, "lines has to be"),
+            ({"lines": [{**LINE, "more": 1}]}, "lines has to be"),
+            ({"progress": 0.5}, "progress has to be"),
+            ({"progress": {"fraction": "x", "message": None}}, "progress has to be"),
+            ({"seconds": None}, "seconds has to be"),
+            ({"x": 1}, "Too many arguments. Extra keys are x"),
+        ],
+        ids=str,
+    )
+    def test_a_wrong_report_is_refused_with_a_sentence(self, held_engine, more, words):
+        held_engine.client.submit("top_level")
+        answer = report(held_engine.client, held_engine.take()[2], **more)
+        assert answer.status == 409 and answer.error.startswith(words)
+
+    def test_a_broken_pool_is_made_anew_and_each_job_counts_an_attempt(self, held_engine):
+        client, job = held_engine.client, held_engine.client.submit("top_level", 7)
+        for attempt in (1, 2):
+            held_engine.take()[0].set_exception(concurrent.futures.BrokenExecutor("it broke"))
+            eventually(lambda attempt=attempt: len(HeldExecutor.made) == attempt + 1)
+            assert HeldExecutor.made[attempt - 1].is_shut_down
+        future, call, _ = held_engine.take()
+        future.set_result(call())
+        ended = client.finish(job)
+        assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", 7, 3)
+        assert [line["message"] for line in ended["logs"]] == ["The executor has failed: BrokenExecutor: it broke"] * 2
+
+    def test_a_job_that_is_lost_three_times_is_an_error(self, held_engine, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.01, 0.02))
+        client, job = held_engine.client, held_engine.client.submit("top_level")
+        for error in (concurrent.futures.CancelledError(), ValueError("lost"), KeyError("lost")):
+            held_engine.take()[0].set_exception(error)
+        ended = client.finish(job)
+        assert (ended["status"], ended["attempts"]) == ("error", 3)
+        assert "attempt 3 of 3" in ended["error"]["message"] and len(HeldExecutor.made) == 1
+
+    def test_what_may_run_once_is_an_error_when_it_is_lost(self, held_engine):
+        job = held_engine.client.submit("top_level_once")
+        held_engine.take()[0].set_exception(concurrent.futures.BrokenExecutor())
+        assert held_engine.client.finish(job)["error"]["message"].endswith("It is not of a kind that is run again.")
+
+    @pytest.mark.parametrize("result", ["", "{}", "[]", None, 5, '{"status": "complete"}'])
+    def test_a_result_that_is_none_counts_as_lost(self, held_engine, result):
+        job = held_engine.client.submit("top_level_once")
+        held_engine.take()[0].set_result(result)
+        assert "The executor has failed" in held_engine.client.finish(job)["error"]["message"]
+
+    def test_an_executor_that_takes_nothing_is_tried_again_and_made_anew(self, held_engine, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.01, 0.02))
+        monkeypatch.setattr(HeldExecutor, "refusal", RuntimeError("cannot schedule new futures"))
+        job = held_engine.client.submit("top_level", 1)
+        eventually(lambda: len(HeldExecutor.made) >= 4)
+        monkeypatch.setattr(HeldExecutor, "refusal", None)
+        future, call, _ = held_engine.take()
+        future.set_result(call())
+        assert held_engine.client.finish(job)["data"] == 1
+
+    def test_a_result_after_the_job_was_deleted_is_dropped(self, held_engine):
+        client, job = held_engine.client, held_engine.client.submit("top_level")
+        future, call, _ = held_engine.take()
+        future.set_running_or_notify_cancel()
+        client.delete(f"/job/{job['job_id']}", key=job["job_key"])
+        future.set_result(call())
+        eventually(lambda: not held_engine.service.runner._running)
+        assert client.get(f"/job/{job['job_id']}", key=SECURE_KEY).status == 404
+
+    def test_a_function_that_cannot_be_found_elsewhere_stops_the_start(self, tmp_path):
+        registry = csp.Registry()
+        registry.asynchronous(lambda_named("inner", lambda task_id, input: None))
+        for executor in ("process", "test_csp:HeldExecutor"):
+            settings = csp.Settings({"SQLALCHEMY_DATABASE_URI": str(tmp_path / "jobs.db"), "EXECUTOR": executor})
+            with pytest.raises(csp.StartError, match="at the top level of a module"):
+                csp.Service(settings, registry)
+
+    def test_a_function_that_is_registered_later_and_cannot_be_found_is_an_error_of_its_job(self, held_engine):
+        held_engine.registry.asynchronous(lambda_named("inner", lambda task_id, input: None))
+        job = held_engine.client.finish(held_engine.client.submit("inner"))
+        assert "at the top level of a module" in job["error"]["message"]
+
+    @pytest.mark.parametrize(
+        "executor, words",
+        [
+            ("factories:broken", "cannot be made: ZeroDivisionError: division by zero."),
+            ("factories:not_one", "it has returned str, which is no concurrent.futures.Executor."),
+            ("factories:number", "factories has no such function."),
+            ("factories:missing", "factories has no such function."),
+            ("no_such_module:x", "The module no_such_module cannot be imported"),
+            ("threads", "The setting EXECUTOR has to be thread, process, or MODULE:FACTORY."),
+        ],
+    )
+    def test_an_executor_that_cannot_be_had_is_one_sentence(self, tmp_path, executor, words):
+        (tmp_path / "factories.py").write_text(textwrap.dedent(FACTORIES))
+        (tmp_path / "engine_jobs.py").write_text("")
+        done = run_command("--jobs", "engine_jobs", "--executor", executor, "--port", "0", cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+
+    def test_a_signal_to_a_forked_pool_does_not_stop_the_service(self, engage, file):
+        server = engage("pool")
+        for _ in range(2):  # the pool ends all of its workers with SIGTERM when one has died
+            assert server.client.finish(server.client.submit("crash", "kill"))["attempts"] == 3
+        assert server.client.finish(server.client.submit("succeed"))["status"] == "complete"
+
+    def test_workers_use_the_address_of_the_settings(self, held_engine):
+        settings = csp.Settings({"URL": "http://jobs.example/x"})
+        engine = csp.Engine(lambda: HeldExecutor(settings), settings, is_here=False)
+        engine.reachable_at("http://127.0.0.1:8000/")
+        job = csp.Job._make([None] * len(csp.Job._fields))._replace(job_id="a b", job_type="top_level", attempts=1)
+        run = csp.RemoteRun(job, False, lambda run, must_wait: None, lambda: None)
+        engine.submit(job, held_engine.registry.get("top_level"), run)
+        assert held_engine.take()[2]["url"] == "http://jobs.example/x/job/a%20b/report"
+
+
 class TestRunner:
     """Jobs run, each to its end, whatever they do."""
 
@@ -6148,7 +6994,7 @@ class TestTrouble:
         registry, ran = csp.Registry(), []
         registry.asynchronous(at_most_once=True)(named_like("once", lambda task_id, input: ran.append(task_id)))
         running = start(registry)
-        submit = running.service.runner._executor.submit
+        submit = running.service.runner._threads.submit
         refused = []
 
         def fail(*arguments):
@@ -6158,7 +7004,7 @@ class TestTrouble:
                 raise RuntimeError("can't start new thread")
             return future
 
-        monkeypatch.setattr(running.service.runner._executor, "submit", fail)
+        monkeypatch.setattr(running.service.runner._threads, "submit", fail)
         job = running.client.finish(running.client.submit("once"))
         refused[0].result(PATIENCE_SECONDS)
         assert job["status"] == "complete" and ran == [job["job_id"]] and running.service.runner.running == 0
@@ -7287,6 +8133,7 @@ class TestService:
                 or (route.path == "/job/<job_id>" and route.method in ("POST", "PUT"))
             )
             may = is_open or is_admin[kind] or (who == "key" and "<job_id>" in route.path)
+            may = may and not route.path.endswith("/report")  # which only the token of a run opens
             if route.path == "/login" or (route.method, route.path) == ("DELETE", "/job/<job_id>"):
                 continue
             if route.path == "/logout":
@@ -9810,7 +10657,7 @@ def needs_module(name):
     """Return the interpreter if it has the module; skip where a user has not, fail where CI was to install it."""
     if subprocess.run([sys.executable, "-c", f"import {name}"], stderr=subprocess.DEVNULL).returncode == 0:
         return sys.executable
-    assert not os.environ.get("CSP_TEST_SERVERS"), f"{name} has to be installed for this run"
+    assert not os.environ.get("CSP_TEST_INSTALLED"), f"{name} has to be installed for this run"
     return pytest.skip(f"{name} is not installed")
 
 

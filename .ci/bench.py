@@ -71,6 +71,11 @@ def nap(task_id, input):
     time.sleep(input["data"])
 
 @job.asynchronous
+def compute(task_id, input):
+    for _ in range(input["data"]):
+        sum(range(100_000))
+
+@job.asynchronous
 def burn(task_id, input):
     end = time.monotonic() + input["data"]
     while time.monotonic() < end:
@@ -578,6 +583,21 @@ def measure_jobs(program: Program, seconds: float) -> Values:
             "beside a computing job: POST echo": echo.rate}
 
 
+def measure_executor(executor: str, program: Program, seconds: float) -> Values:
+    """Eight jobs that compute, and short ones, on an executor."""
+    begun = time.perf_counter()
+    for _ in range(8):
+        program.submit("compute", 300)
+    program.wait_until_done(60)
+    taken = time.perf_counter() - begun
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: program.submit("async_echo", "hello"), range(1000)))
+    left = program.wait_until_done(60)
+    return {f"{executor}: 8 jobs that compute, s": taken,
+            f"{executor}: short jobs finished per second": (1000 - left) / (time.perf_counter() - begun)}
+
+
 def measure_naps(program: Program, seconds: float) -> Values:
     """Sixty jobs of three seconds at once, with sixty workers."""
     begun = time.perf_counter()
@@ -628,6 +648,8 @@ MEASURES: Dict[str, Tuple[Callable[[Program, float], Values], Tuple[str, ...], D
     "callbacks": (measure_callbacks, ("csp", *PEERS), {}),
     "jobs": (measure_jobs, ("csp", *PEERS), {}),
     "naps": (measure_naps, ("csp", "own"), {"WORKERS": 60}),
+    "threads": (functools.partial(measure_executor, "thread"), ("csp",), {}),
+    "processes": (functools.partial(measure_executor, "process"), ("csp",), {"EXECUTOR": "process"}),
     "memory": (measure_memory, ("csp", *PEERS), {}),
     "disk": (measure_disk, ("csp", "durable", *PEERS), {"slow_disk": True}),
     "start": (measure_start, ("csp", "stdlib", *PEERS), {}),
