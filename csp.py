@@ -7159,17 +7159,20 @@ class Signals:
 
 def _end_process_if_held(is_done: bool) -> None:
     """Exit here and now if jobs or callbacks go on: the interpreter would wait for them, maybe for ever."""
+    children: List[Any] = []
+    if "multiprocessing" in sys.modules:  # the processes of a pool, which may wait for work without an end
+        import multiprocessing
+        children = multiprocessing.active_children()
+    threads = [thread for thread in threading.enumerate()
+               if thread.name.startswith(("csp-job", "csp-process", "csp-callback"))]
     deadline = time.monotonic() + 0.5
-    for thread in threading.enumerate():
-        if thread.name.startswith(("csp-job", "csp-process", "csp-callback")):
-            thread.join(max(0.0, deadline - time.monotonic()))
-            is_done = is_done and not thread.is_alive()
+    for holder in (*threads, *children):
+        holder.join(max(0.0, deadline - time.monotonic()))
+        is_done = is_done and not holder.is_alive()
     if not is_done:
-        if "multiprocessing" in sys.modules:  # the processes of a pool, which would go on without an end
-            import multiprocessing
-            for process in multiprocessing.active_children():
-                with suppress(OSError):
-                    os.kill(process.pid or os.getpid(), SIGKILL)  # not every kind has a method for it
+        for child in children:
+            with suppress(OSError):
+                os.kill(child.pid, SIGKILL)  # not every kind of process has a method for it
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)

@@ -622,7 +622,7 @@ STANDARD_LIBRARY = getattr(
     sys,
     "stdlib_module_names",
     frozenset(
-        """ atexit resource
+        """ atexit gc multiprocessing pickle resource
     __future__ argparse ast base64 binascii bisect collections concurrent contextlib contextvars copy csv datetime email
     errno
     fcntl functools getpass hashlib heapq hmac html http importlib inspect io ipaddress itertools json logging math
