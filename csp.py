@@ -2440,6 +2440,8 @@ class CallbackSender:
                 with self._condition:
                     self._sending[host].discard(job.seq)
                 raise
+        if len(jobs) == limit:  # what has been sent meanwhile has made place for more than were read
+            self.notify(host, now)
 
     def _deliver(self, host: str, job: Job) -> None:
         """Try once, write down what came of it, and make place for the next."""

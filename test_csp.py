@@ -5182,6 +5182,20 @@ class TestCallbackTrouble:
         )
         assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
+    def test_none_is_forgotten_while_others_make_place_for_more(self, store, receiver, monkeypatch):
+        class Immediate(concurrent.futures.ThreadPoolExecutor):
+            def submit(self, function, *arguments):
+                function(*arguments)
+
+        host = csp.callback_host(receiver.url)
+        for number in range(12):
+            job = add_job(store, str(number), result_url=receiver.url, callback_host=host, api_key="k")
+            finish(store, claim(store, job))
+        monkeypatch.setattr(csp, "ThreadPoolExecutor", Immediate)
+        sender = csp.CallbackSender(store)
+        assert len({body["job_id"] for _, body in receiver.wait(12)}) == 12
+        sender.stop(0.0)
+
     @pytest.mark.parametrize("job_id", ["signed", "a.b", "\xfcml\xe4ut", "\u4f5c\u696d", "x y"])
     def test_what_is_sent_is_signed_whatever_the_job_is_called(self, start, receiver, job_id):
         client = start(CALLBACK_SECRET="whsec_" + base64.b64encode(b"k" * 24).decode("ascii")).client
