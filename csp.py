@@ -2805,7 +2805,21 @@ def settle_in(place: Mapping[str, Any]) -> None:
         for alias in place["aliases"]:
             become(alias)
         registry.is_in_use = False
+        _end_with_parent()
         config.load(Settings(place["settings"]))
+
+
+@functools.lru_cache(maxsize=None)  # once in a process
+def _end_with_parent() -> None:
+    """Have this process, if it belongs to a pool, end when the pool's owner has been killed: it would wait for ever."""
+    if "multiprocessing" in sys.modules:
+        import multiprocessing
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            def end() -> None:
+                parent.join()
+                os._exit(1)
+            threading.Thread(target=end, name="csp-parent", daemon=True).start()
 
 
 def _limit_memory(limit_bytes: Optional[int]) -> None:

@@ -5707,6 +5707,7 @@ class TestEngines:
         jobs = [first.client.submit("wait", str(file), result_url=receiver.url) for _ in range(6)]
         once = first.client.submit("once", str(file), result_url=receiver.url)
         eventually(lambda: sum(bool(first.client.show(job)["logs"]) for job in jobs) >= 3)
+        family = descendants(first.process.pid)
         first.kill()
         file.touch()
         client = engage(engine).client
@@ -5717,6 +5718,9 @@ class TestEngines:
         receiver.wait(7)
         eventually(lambda: all(client.show(job)["callback"]["status"] == "delivered" for job in [*jobs, once]))
         assert len({body["job_id"] for _, body in receiver.received}) == 7
+        assert engine != "pool" or len(family) == 4
+        if engine != "loky":  # which does not tell its processes whose they are
+            eventually(lambda: not any(map(is_alive, family)))
 
     def test_a_stop_leaves_what_runs_to_the_next_start(self, engage, engine, file):
         first = engage(engine)
