@@ -66,7 +66,7 @@ import weakref
 from collections import deque
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import (
@@ -2531,6 +2531,8 @@ REPORT_PAUSES = (0.1, 30.0)  # seconds between reports; doubled up to the longes
 REPORT_TIMEOUT_SECONDS = 10.0
 REPORT_LINES, REPORT_CHARACTERS = 1000, 2**20  # in one report
 FIRST_REPORTS = 3  # how often a run that may only begin once asks whether it may
+SERVER_END_SECONDS = 2.0  # how long a stop waits for the server process, which has little to do
+MAX_REFUSALS = 3  # of an executor, one after the other, before it is thought to be broken
 ADDRESS_SECONDS = 1.0  # how long the first jobs wait for the server to have an address
 NOT_AGAIN = "It is not of a kind that is run again."
 KILL_SECONDS = 0.5  # between SIGTERM and SIGKILL: time for a job to put its files away
@@ -2648,6 +2650,7 @@ class RemoteRun(JobRun):
         self.future: Optional[Future[str]] = None
         self.begun = self.started  # when the latest execution began (monotonic)
         self._at_most_once = at_most_once
+        self.asks_first = False
         self._executions: List[str] = []
         self._received = 0
         self._intake = threading.Lock()
@@ -2656,7 +2659,10 @@ class RemoteRun(JobRun):
         """Set the flag that the next report brings back, and ask the executor to stop it, which it may or may not."""
         super().tell_to_stop()
         if self.future is not None:
-            self.future.cancel()
+            try:
+                self.future.cancel()
+            except Exception as error:  # noqa: BLE001 - foreign code, and the runner's loop is what calls it
+                log.debug("a future cannot be cancelled: %s", _safe_text(error))
 
     def take_report(self, report: Mapping[str, Any]) -> bool:
         """Take lines and progress, those that have come before only once; return whether that execution goes on."""
@@ -2670,6 +2676,11 @@ class RemoteRun(JobRun):
         if report["progress"] is not None:
             self.set_progress(**report["progress"])
         return not self.cancelled.is_set()
+
+    @property
+    def may_have_begun(self) -> bool:
+        """Whether it may have begun; one that may run at most once has asked first, unless it is a process of ours."""
+        return bool(self._executions) or not self.asks_first
 
     def _knows(self, execution: str, seconds: float) -> bool:
         if execution not in self._executions:
@@ -2752,6 +2763,9 @@ def become(name: str) -> None:
         sys.modules[name + part] = sys.modules[__name__ + part]
 
 
+_loading = threading.RLock()  # several threads of one worker may want the same file at the same time
+
+
 def _load_file(path: Path) -> types.ModuleType:
     """Import a file under its own name, or one like it if another module has that."""
     name = stem = re.sub(r"\W", "_", path.stem)
@@ -2789,13 +2803,16 @@ def load_module(name: str) -> types.ModuleType:
 
 def _find_function(module: str, file: Optional[str], name: str) -> Callable[..., Any]:
     """Return what ``locate`` has located, imported by name or else from its file."""
-    try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if file is None or not f"{module}.".startswith(f"{error.name}."):  # the module is there, and misses another one
-            raise
-        found = _load_file(Path(file))
-    function: Callable[..., Any] = _get_attribute(found, name)
+    with _loading:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if file is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and misses another one
+                raise
+            found = _load_file(Path(file))
+    function: Optional[Callable[..., Any]] = _get_attribute(found, name)
+    if function is None:
+        raise ImportError(f"The module {module} of {getattr(found, '__file__', 'unknown origin')} has no {name}.")
     return function
 
 
@@ -3131,8 +3148,13 @@ class _ForkedChild(_Child):
     def __init__(self, server: _ForkServer) -> None:
         from multiprocessing.connection import Pipe
         self._server = server
-        self.data, data = Pipe()
-        self.exited, exited = Pipe(duplex=False)
+        with ExitStack() as opened:
+            try:
+                self.data, data = map(opened.enter_context, Pipe())
+                self.exited, exited = map(opened.enter_context, Pipe(duplex=False))
+            except OSError as error:
+                raise NotStarted(f"No process can be made: {error.strerror}.") from None
+            opened.pop_all()
         try:
             with data, exited:
                 server.fork(data, exited)
@@ -3199,15 +3221,15 @@ class _ForkServer:
                 [sys.executable, "-c", _BOOT, json.dumps(sys.path), own_import_name(), str(control.fileno())],
                 stdin=subprocess.DEVNULL, pass_fds=[control.fileno()], start_new_session=True)
         self._control.send_bytes(to_json({"place": place, "functions": functions}).encode("utf-8"))
+        self._channel = socket.socket(fileno=os.dup(self._control.fileno()))
         _closed_in_children.add(self)
 
     def fork(self, *connections: Connection) -> None:
         """Have a child made that takes its call from the first connection; its end is written to the second."""
-        from multiprocessing.reduction import send_handle
+        from multiprocessing.reduction import sendfds
         with self._lock:
             self._control.send_bytes(b"")
-            for connection in connections:
-                send_handle(self._control, connection.fileno(), self._process.pid)
+            sendfds(self._channel, [connection.fileno() for connection in connections])  # needs no descriptor
 
     def kill(self, pid: int, number: int) -> None:
         """Send a signal to the child, if there still is that child."""
@@ -3219,14 +3241,16 @@ class _ForkServer:
         import subprocess
         with self._lock:
             self._control.close()
+            self._channel.close()
         try:
-            self._process.wait(CALLBACK_SECONDS)
+            self._process.wait(SERVER_END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
 
     def close_in_child(self) -> None:
         """Let go of the server process in a child that a job has forked."""
         self._control.close()
+        self._channel.close()
 
 
 def serve_forks(descriptor: int) -> None:
@@ -3234,6 +3258,7 @@ def serve_forks(descriptor: int) -> None:
     from multiprocessing.connection import Connection, wait
     control = Connection(descriptor)
     children: Dict[int, Connection] = {}
+    told: Set[int] = set()
     for number in (signal.SIGTERM, signal.SIGINT):  # whoever sends one to all processes means the service
         signal.signal(number, signal.SIG_IGN)
     reader, writer = os.pipe()
@@ -3246,10 +3271,10 @@ def serve_forks(descriptor: int) -> None:
             ready = wait([control, reader])
             if reader in ready:
                 os.read(reader, 4096)
-                _reap(children)
+                _reap(children, told)
             if control in ready:
-                _obey(control, children)
-    except (EOFError, OSError):
+                _obey(control, children, told)
+    except (EOFError, OSError, RuntimeError):  # the last: there are no more descriptors here
         for pid in children:
             with suppress(OSError):
                 os.killpg(pid, SIGKILL)
@@ -3264,21 +3289,29 @@ def _preload(wanted: Mapping[str, Any]) -> None:
             _find_function(**function)
         except BaseException as error:  # noqa: BLE001 - the job's own process will say it, where somebody sees it
             log.debug("%s cannot be loaded beforehand: %s", function["module"], _safe_text(error))
+    for number in (signal.SIGTERM, signal.SIGINT):  # a module may have set its own
+        signal.signal(number, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()  # or each child would write what the modules have printed
     gc.collect()
     gc.freeze()  # so that children share the memory with this process
 
 
-def _obey(control: Connection, children: Dict[int, Connection]) -> None:
+def _obey(control: Connection, children: Dict[int, Connection], told: Set[int]) -> None:
+    """Fork a child, or send one a signal; ``told`` are those that have been sent one."""
     from multiprocessing.connection import Connection
-    from multiprocessing.reduction import recv_handle
+    from multiprocessing.reduction import recvfds
     words = control.recv_bytes().split()
     if words:
         number, pid = map(int, words)
         if pid in children:
+            told.add(pid)
             with suppress(OSError):
                 os.killpg(pid, number)
         return
-    data, exited = Connection(recv_handle(control)), Connection(recv_handle(control))
+    with socket.socket(fileno=os.dup(control.fileno())) as channel:
+        data, exited = [Connection(descriptor) for descriptor in recvfds(channel, 2)]
     try:
         pid = os.fork()
     except OSError as error:
@@ -3300,12 +3333,13 @@ def _obey(control: Connection, children: Dict[int, Connection]) -> None:
         exited.close()
 
 
-def _reap(children: Dict[int, Connection]) -> None:
+def _reap(children: Dict[int, Connection], told: Set[int]) -> None:
     for pid, exited in list(children.items()):
         found, status = os.waitpid(pid, os.WNOHANG)
         if found:
             del children[pid]
-            if os.WIFSIGNALED(status):
+            if os.WIFSIGNALED(status) or pid in told:
+                told.discard(pid)
                 with suppress(OSError):
                     os.killpg(pid, SIGKILL)  # what it had started
             with exited, suppress(OSError):
@@ -3341,6 +3375,9 @@ class Engine:
     def __init__(self, make: Callable[[], Executor], settings: Mapping[str, Any], is_here: bool) -> None:
         self._make, self._settings, self._is_here = make, settings, is_here
         self._lock = threading.Lock()
+        self._making = threading.Lock()  # held while the factory works, which may take for ever
+        self._is_closed = False
+        self._refusals = 0
         self._executor: Optional[Executor] = make()
         self._place = describe_place(settings, is_here)
         self._url: Optional[str] = None
@@ -3351,18 +3388,41 @@ class Engine:
         self._url = self._settings["URL"] or url
         self._is_url_known.set()
 
-    def submit(self, job: Job, job_type: JobType, run: RemoteRun) -> Future[str]:
-        """Hand a job over; raise ValueError if its function cannot be found elsewhere, or what the executor raises."""
+    def describe(self, job: Job, job_type: JobType, run: RemoteRun) -> str:
+        """Return the job's task; raise ValueError if its function cannot be found elsewhere."""
         if not self._is_url_known.wait(ADDRESS_SECONDS):
             self.reachable_at(None)
-        task = describe_task(job, job_type, run, self._url, self._place, self._is_here)
-        with self._lock:
-            if self._executor is None:
-                self._executor = self._make()
-            run.executor = self._executor
+        return describe_task(job, job_type, run, self._url, self._place, self._is_here)
+
+    def submit(self, task: str, job_type: JobType, run: RemoteRun, then: Callable[[Future[str]], Any]) -> Future[str]:
+        """Hand a task over, ``then`` being called when it is done; raise whatever the executor raises."""
+        run.asks_first = job_type.at_most_once and not self._is_here
+        run.executor = executor = self._get_executor()
         texts = {"path": sys.path[:], "module": own_import_name(), "task": task}
-        run.future = run.executor.submit(eval, TRAMPOLINE, texts)
+        run.future = executor.submit(eval, TRAMPOLINE, texts)
+        run.future.add_done_callback(then)
+        self._refusals = 0
         return run.future
+
+    def _get_executor(self) -> Executor:
+        with self._making:
+            if self._executor is None and not self._is_closed:
+                made = self._make()
+                with self._lock:
+                    self._executor = None if self._is_closed else made
+                if self._executor is None:
+                    self._shut_down(made)
+            executor = self._executor
+        if executor is None:
+            raise RuntimeError("The service has stopped.")
+        return executor
+
+    def note_refusal(self, run: RemoteRun, error: BaseException) -> None:
+        """Note that the executor has not taken a job; if that is no exception, make another for the next one."""
+        self._refusals += 1
+        if isinstance(error, BrokenExecutor) or self._refusals >= MAX_REFUSALS:
+            self._refusals = 0
+            self.discard(run)
 
     def discard(self, run: RemoteRun) -> None:
         """Make another executor for the next job: the one of this run is broken."""
@@ -3374,7 +3434,9 @@ class Engine:
     def close(self) -> None:
         """End the executor; what still runs in it is not waited for."""
         with self._lock:
-            self._shut_down(self._executor)
+            self._is_closed = True
+            executor = self._executor
+        self._shut_down(executor)
 
     @staticmethod
     def _shut_down(executor: Optional[Executor]) -> None:
@@ -3412,6 +3474,9 @@ def _make_executor(factory: Callable[[Mapping[str, Any]], Any], settings: Mappin
     executor = factory(settings)
     if not callable(getattr(executor, "submit", None)) or not callable(getattr(executor, "shutdown", None)):
         raise TypeError(f"it has returned {type(executor).__name__}, which is no concurrent.futures.Executor")
+    if "multiprocessing" in sys.modules:
+        import multiprocessing.util
+        multiprocessing.util.register_after_fork(executor, lambda _: _end_with_parent())
     return executor  # type: ignore[no-any-return]
 
 
@@ -3721,16 +3786,18 @@ class Runner:
         """Hand a job to the executor, which may take its time, too."""
         assert self._engine is not None
         try:
-            future = self._engine.submit(job, job_type, run)
+            task = self._engine.describe(job, job_type, run)
         except ValueError as error:
-            self._end(job, failure(str(error)), run)
+            self._end(job, failure(_safe_text(error)), run)
+            return
+        try:
+            self._engine.submit(task, job_type, run, functools.partial(self._settle_soon, job, job_type, run))
         except Exception as error:  # noqa: BLE001 - an executor is foreign code and may fail in any way
-            self._engine.discard(run)
-            self._start_again_later(job, run, error)
-        else:
-            if run.cancelled.is_set():  # told to stop before there was a future
-                future.cancel()
-            future.add_done_callback(lambda future: self._settle_soon(job, job_type, run, future))
+            self._engine.note_refusal(run, error)
+            if not run.ended:
+                self._start_again_later(job, run, error)
+        if run.cancelled.is_set():  # told to stop before there was a future
+            run.tell_to_stop()
 
     def _start_again_later(self, job: Job, run: JobRun, error: BaseException) -> None:
         self._requeue(job, time.time() + BACKOFF_SECONDS[0], run,
@@ -3738,8 +3805,10 @@ class Runner:
 
     def _settle_soon(self, job: Job, job_type: JobType, run: RemoteRun, future: Future[str]) -> None:
         """Settle in a thread of our own: an executor's must not wait for the disk."""
-        with suppress(RuntimeError):  # the service has stopped, and the job is left to the next start
+        try:
             self._threads.submit(self._settle, job, job_type, run, future)
+        except RuntimeError:  # the interpreter is about to end, or there are no more threads
+            self._settle(job, job_type, run, future)
 
     def _settle(self, job: Job, job_type: JobType, run: RemoteRun, future: Future[str]) -> None:
         """Record what has come of a job in the executor; what comes late is dropped."""
@@ -3748,6 +3817,8 @@ class Runner:
         try:
             outcome, report = read_result(future.result())
             run.take_report(report)
+            if outcome.status == ERROR and run.cancelled.is_set():
+                outcome = failure(CANCELLED)  # whatever it has made of its being told to stop
         except BaseException as error:  # noqa: BLE001 - an executor is foreign code and may fail in any way
             if run.cancelled.is_set():
                 outcome = failure(CANCELLED)
@@ -3763,6 +3834,8 @@ class Runner:
         """The executor has lost the job: that counts as an attempt, as a crash does."""
         if isinstance(error, BrokenExecutor) and self._engine is not None:
             self._engine.discard(run)
+        if not run.may_have_begun:
+            return self._start_again_later(job, run, error)
         reason = f"The executor has failed: {type(error).__name__}: {_safe_text(error)}"
         run.add_message("ERROR", reason)
         run.ended = True
@@ -7116,6 +7189,9 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
 
     Raises StartError if the service cannot start.
     """
+    if not registry.is_in_use:
+        raise StartError("A worker imports the job module, which begins to serve: put that under "
+                         "`if __name__ == \"__main__\":`.")
     configure_logging(settings)
     logging.raiseExceptions = False  # a job that closes stderr must not make every log line an exception
     _raise_file_limit(settings["MAX_CONNECTIONS"] + settings["WORKERS"] * 8 + CALLBACK_THREADS + 100)

@@ -741,7 +741,7 @@ class TestSource:
         "root, attribute, titles",
         [
             ("sqlite3", None, ["Store"]),
-            ("socket", None, ["Callbacks", "Transports"]),
+            ("socket", None, ["Callbacks", "Executors", "Transports"]),  # descriptors go to other processes by sockets
             ("multiprocessing", None, ["Executors"]),
             ("subprocess", None, ["Executors"]),
             ("socketserver", None, ["Transports"]),
@@ -5431,6 +5431,15 @@ ENGINE_JOBS = """
         child.wait()
 
     @job.asynchronous
+    def polite(task_id, input):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(100)"
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        logger_of(task_id, input).info("%d", child.pid)
+        child.wait()
+
+    @job.asynchronous
     def crash(task_id, input):
         {"segfault": lambda: ctypes.string_at(0), "exit": lambda: os._exit(3),
          "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}[input["data"]]()
@@ -5777,6 +5786,33 @@ class TestProcesses:
             client.delete(f"/job/{job['job_id']}", key=job["job_key"])
         eventually(lambda: not is_alive(child))
 
+    def test_what_ends_well_when_it_is_cancelled_is_cancelled_with_what_it_has_started(self, engines):
+        client = engines("process").client
+        job = client.submit("polite")
+        child = int(first_line(client, job))
+        client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
+        assert client.finish(job)["error"] == {"message": "cancelled"}
+        eventually(lambda: not is_alive(child))
+
+    def test_a_job_waits_while_there_are_no_descriptors(self, engage, file):
+        server = engage("process")
+        job = server.client.submit("wait", str(file))
+        first_line(server.client, job)
+        connection = KeepAlive(server.client)
+        connection.submit({"job_type": "verdict", "api_key": "k"})
+        wanted = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+        old = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+        for more in (0, 2, 4):
+            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (wanted + more, old[1]))
+            _, late = connection.submit({"job_type": "succeed", "api_key": "k"})
+            tried = "SELECT count(*) FROM jobs WHERE job_id = ? AND (attempts > 1 OR status != 'pending')"
+            eventually(lambda late=late: query(server.log.parent / "jobs.db", tried, late["job_id"])[0][0])
+            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, old)
+            late = server.client.finish(late)
+            assert (late["status"], late["error"]) == ("complete", None)
+        file.touch()
+        assert server.client.finish(job)["attempts"] == 1
+
     def test_a_timeout_ends_the_process(self, engines, file):
         client = engines("process").client
         job = client.submit("late", str(file))
@@ -6094,13 +6130,17 @@ class TestTasks:
 
     def test_what_may_run_once_is_an_error_when_it_is_lost(self, held_engine):
         job = held_engine.client.submit("top_level_once")
-        held_engine.take()[0].set_exception(concurrent.futures.BrokenExecutor())
+        future, _, task = held_engine.take()
+        report(held_engine.client, task)
+        future.set_exception(concurrent.futures.BrokenExecutor())
         assert held_engine.client.finish(job)["error"]["message"].endswith("It is not of a kind that is run again.")
 
     @pytest.mark.parametrize("result", ["", "{}", "[]", None, 5, '{"status": "complete"}'])
     def test_a_result_that_is_none_counts_as_lost(self, held_engine, result):
         job = held_engine.client.submit("top_level_once")
-        held_engine.take()[0].set_result(result)
+        future, _, task = held_engine.take()
+        report(held_engine.client, task)
+        future.set_result(result)
         assert "The executor has failed" in held_engine.client.finish(job)["error"]["message"]
 
     def test_an_executor_that_takes_nothing_is_tried_again_and_made_anew(self, held_engine, monkeypatch):
@@ -6112,6 +6152,84 @@ class TestTasks:
         future, call, _ = held_engine.take()
         future.set_result(call())
         assert held_engine.client.finish(job)["data"] == 1
+
+    def test_a_job_that_is_refused_takes_no_other_along(self, held_engine, monkeypatch):
+        client, other = held_engine.client, held_engine.client.submit("top_level_once", 1)
+        future, call, _ = held_engine.take()
+        monkeypatch.setattr(HeldExecutor, "refusal", ValueError("too large"))
+        job = client.submit("top_level", 2)
+        eventually(lambda: client.show(job)["logs"])
+        monkeypatch.setattr(HeldExecutor, "refusal", None)
+        future.set_result(call())
+        assert client.finish(other)["data"] == 1 and len(HeldExecutor.made) == 1
+        future, call, _ = held_engine.take()
+        future.set_result(call())
+        assert client.finish(job)["data"] == 2
+
+    def test_what_may_run_once_and_has_not_begun_is_begun_later(self, held_engine, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.01, 0.02))
+        job = held_engine.client.submit("top_level_once", 1)
+        held_engine.take()[0].set_exception(concurrent.futures.BrokenExecutor())
+        future, call, _ = held_engine.take()
+        future.set_result(call())
+        assert held_engine.client.finish(job)["data"] == 1
+
+    def test_a_future_that_cannot_be_cancelled_stops_nothing(self, held_engine):
+        client, job = held_engine.client, held_engine.client.submit("top_level", 1)
+        held_engine.take()[0].cancel = lambda: 1 / 0
+        assert client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status == 200
+        other = client.submit("top_level", 2)
+        future, call, _ = held_engine.take()
+        future.set_result(call())
+        assert client.finish(other)["data"] == 2
+
+    def test_a_factory_that_blocks_does_not_hold_the_end_up(self):
+        gate, made = threading.Event(), []
+
+        def make():
+            made.append(HeldExecutor(None))
+            assert len(made) == 1 or gate.wait(PATIENCE_SECONDS)
+            return made[-1]
+
+        engine = csp.Engine(make, csp.Settings(), is_here=False)
+        engine._executor = None
+        thread = threading.Thread(target=lambda: pytest.raises(RuntimeError, engine._get_executor))
+        thread.start()
+        eventually(lambda: len(made) == 2)
+        engine.close()
+        gate.set()
+        thread.join()
+        assert made[1].is_shut_down
+
+    def test_a_module_that_serves_when_a_worker_imports_it_is_an_error_of_the_job(self, tmp_path):
+        source = """
+            import csp.job as job
+            from csp import web
+
+            @job.asynchronous
+            def work(task_id, input):
+                pass
+
+            web.app.run()
+            """
+        (tmp_path / "unguarded.py").write_text(textwrap.dedent(source))
+        environ = {"CSP_EXECUTOR": "process", "CSP_SQLALCHEMY_DATABASE_URI": "sqlite://", "PYTHONPATH": str(HERE)}
+        environ.update({"CSP_PORT": "0", "CSP_GRACE_SECONDS": "0"})
+        process = subprocess.Popen(
+            [sys.executable, "-u", "unguarded.py"],
+            cwd=str(tmp_path),
+            env={**os.environ, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            client = Client(re.search(r"http://\S+", process.stdout.readline().decode())[0])
+            message = client.finish(client.submit("work"))["error"]["message"]
+            assert "A worker imports the job module" in message
+        finally:
+            process.terminate()
+            process.wait(PATIENCE_SECONDS)
+            process.stdout.close()
 
     def test_a_result_after_the_job_was_deleted_is_dropped(self, held_engine):
         client, job = held_engine.client, held_engine.client.submit("top_level")
@@ -6164,7 +6282,8 @@ class TestTasks:
         engine.reachable_at("http://127.0.0.1:8000/")
         job = csp.Job._make([None] * len(csp.Job._fields))._replace(job_id="a b", job_type="top_level", attempts=1)
         run = csp.RemoteRun(job, False, lambda run, must_wait: None, lambda: None)
-        engine.submit(job, held_engine.registry.get("top_level"), run)
+        job_type = held_engine.registry.get("top_level")
+        engine.submit(engine.describe(job, job_type, run), job_type, run, lambda future: None)
         assert held_engine.take()[2]["url"] == "http://jobs.example/x/job/a%20b/report"
 
 
