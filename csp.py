@@ -2374,7 +2374,12 @@ class CallbackSender:
         with self._condition:
             if not self._due and not self._is_stopping:
                 self._condition.wait(START_SECONDS)
-        self._opener = _make_opener(self._connections)
+        while not hasattr(self, "_opener"):
+            try:
+                self._opener = _make_opener(self._connections)
+            except OSError as error:  # no more files can be opened now, not even a module's
+                log.warning("callbacks cannot be sent yet: %s", error)
+                time.sleep(1.0)
         while True:
             with self._condition:
                 now = time.time()

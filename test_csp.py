@@ -5794,25 +5794,6 @@ class TestProcesses:
         assert client.finish(job)["error"] == {"message": "cancelled"}
         eventually(lambda: not is_alive(child))
 
-    def test_a_job_waits_while_there_are_no_descriptors(self, engage, file):
-        server = engage("process")
-        job = server.client.submit("wait", str(file))
-        first_line(server.client, job)
-        connection = KeepAlive(server.client)
-        connection.submit({"job_type": "verdict", "api_key": "k"})
-        wanted = len(os.listdir(f"/proc/{server.process.pid}/fd"))
-        old = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
-        for more in (0, 2, 4):
-            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (wanted + more, old[1]))
-            _, late = connection.submit({"job_type": "succeed", "api_key": "k"})
-            tried = "SELECT count(*) FROM jobs WHERE job_id = ? AND (attempts > 1 OR status != 'pending')"
-            eventually(lambda late=late: query(server.log.parent / "jobs.db", tried, late["job_id"])[0][0])
-            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, old)
-            late = server.client.finish(late)
-            assert (late["status"], late["error"]) == ("complete", None)
-        file.touch()
-        assert server.client.finish(job)["attempts"] == 1
-
     def test_a_timeout_ends_the_process(self, engines, file):
         client = engines("process").client
         job = client.submit("late", str(file))
