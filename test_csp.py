@@ -5509,10 +5509,18 @@ class Dask:
             )
 
     def stop(self):
+        """End all of it; a worker whose process has been killed may not come to its own end."""
+        family = [pid for process in self._processes for pid in descendants(process.pid)]
         for process in reversed(self._processes):
             process.terminate()
         for process in self._processes:
-            process.wait(PATIENCE_SECONDS)
+            try:
+                process.wait(5.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(PATIENCE_SECONDS)
+        for pid in filter(is_alive, family):
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
