@@ -5520,7 +5520,8 @@ class Dask:
                 process.kill()
                 process.wait(PATIENCE_SECONDS)
         for pid in filter(is_alive, family):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")
