@@ -2379,7 +2379,9 @@ class CallbackSender:
                 self._opener = _make_opener(self._connections)
             except OSError as error:  # no more files can be opened now, not even a module's
                 log.warning("callbacks cannot be sent yet: %s", error)
-                time.sleep(1.0)
+                with self._condition:
+                    if self._condition.wait_for(lambda: self._is_stopping, 1.0):
+                        return
         while True:
             with self._condition:
                 now = time.time()

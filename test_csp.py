@@ -5182,6 +5182,25 @@ class TestCallbackTrouble:
         )
         assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
+    def test_a_start_without_free_descriptors_delays_callbacks_and_no_stop(self, start, receiver, monkeypatch):
+        make, troubles = csp._make_opener, [OSError(24, "Too many open files")]
+
+        def make_later(connections):
+            if troubles:
+                raise troubles.pop()
+            return make(connections)
+
+        monkeypatch.setattr(csp, "_make_opener", make_later)
+        first = start()
+        first.client.submit("async_echo", "hi", result_url=receiver.url)
+        assert len(receiver.wait(1)) == 1
+        first.stop()
+        troubles += [OSError(24, "Too many open files")] * 1000
+        second = start()
+        second.client.submit("async_echo", "hi", result_url=receiver.url)
+        eventually(lambda: len(troubles) < 1000)
+        second.stop()
+
     def test_none_is_forgotten_while_others_make_place_for_more(self, store, receiver, monkeypatch):
         class Immediate(concurrent.futures.ThreadPoolExecutor):
             def submit(self, function, *arguments):
