@@ -106,6 +106,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 log = logging.getLogger("csp")
 access_log = logging.getLogger("csp.access")
+_OWN_LOGGERS = frozenset((log.name, access_log.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def make_token() -> str:
 def timestamp(instant: float) -> str:
     """Return the instant (epoch seconds) as naive local time, ``%Y-%m-%dT%H:%M:%S.%f`` (always six digits)."""
     whole, micros = divmod(round(instant * 1_000_000), 1_000_000)
-    return f"{_local_second(whole, time.tzname)}.{micros:06d}"
+    return "%s.%06d" % (_local_second(whole, time.tzname), micros)
 
 
 @functools.lru_cache(maxsize=16)
@@ -731,7 +732,7 @@ MAX_LOG_MESSAGE = 65_536  # characters; what is longer belongs into the result
 BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time,
 BACKOFF_JITTER = 1.5  # times up to that
 LONGEST_BACKOFF_SECONDS = BACKOFF_SECONDS[1] * BACKOFF_JITTER
-MAX_UNWRITTEN_LINES = 5_000  # log lines that a job may be ahead of the disk before it has to wait
+MAX_UNWRITTEN_LINES = 10_000  # log lines that a job may be ahead of the disk before it has to wait
 AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of what runs again: before all that waits
 CANCELLED = "cancelled"
 
@@ -826,6 +827,15 @@ class LogLine(NamedTuple):
     funcName: str
     lineno: int
 
+    def to_json(self) -> str:
+        """Return the entry as a JSON object; what other programs may have written into the database is borne."""
+        time_text, message, level, module, function, lineno = self
+        try:
+            return (f'{{"timestamp": {_quote(time_text)}, "message": {_quote(message)}, "level": {_quote(level)}, '
+                    f'"module": {_quote(module)}, "funcName": {_quote(function)}, "lineno": {int.__repr__(lineno)}}}')
+        except TypeError:
+            return to_json(self._asdict())
+
 
 class Outcome(NamedTuple):
     """How an attempt ended: the JSON text or bytes of its result, or of its error object."""
@@ -893,13 +903,12 @@ def _job_texts(job: Job, logs: Iterable[LogLine], job_key: bool, callback_error:
     if error is None and callback_error and job.callback_attempts and job.callback_status in ("pending", "failed"):
         error = POST_FAILED
     sent_data = "{}" if job.sent_data is None or job.sent_data == "null" else job.sent_data
-    lines = [line._asdict() for line in logs]
     begin = (
         f'{{"job_id": {_quote(job.job_id)}, "job_type": {_quote(job.job_type)}, "status": {_quote(job.status)}, '
         '"sent_data": ')
     end = (
         f', "error": {error or "null"}, "metadata": {job.metadata or "{}"}, '
-        f'"logs": {to_json(lines) if lines else "[]"}, '
+        f'"logs": [{", ".join([line.to_json() for line in logs])}], '
         f'"result_url": {text_to_json(job.result_url)}, '
         f'"requested_timestamp": {text_to_json(job.requested_timestamp)}, '
         f'"started_timestamp": {text_to_json(job.started_timestamp)}, '
@@ -998,6 +1007,7 @@ class JobRun:
         self.handlers: List[StoringHandler] = []
         self.lines: Deque[LogLine] = deque()  # not yet on disk; only the store's writer removes
         self.line_count = 0
+        self.stored: Optional[List[LogLine]] = None  # lines on disk that are kept for an answer, if any are
         self.progress: Optional[str] = None
         self.progress_written = 0.0  # monotonic seconds
         self.is_progress_unwritten = False
@@ -1025,6 +1035,13 @@ class JobRun:
         elif not self.is_announced:
             self.is_announced = True
             self._written(self, False)
+
+    def note_stored(self, lines: List[LogLine]) -> None:
+        """Keep lines that are on disk now for the answer, if that is wanted and they are not too many."""
+        if self.line_count > MAX_UNWRITTEN_LINES:
+            self.stored = None
+        elif self.stored is not None:
+            self.stored.extend(lines)
 
     def add_message(self, level: str, message: str) -> None:
         """Add a line of the service's own to the job's log."""
@@ -1082,15 +1099,17 @@ class StoringHandler(logging.Handler):
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Emit the record without the lock of other handlers: a job may wait for the disk here, and must alone."""
-        is_wanted = bool(self.filter(record))
-        if is_wanted:
-            self.emit(record)
-        return is_wanted
+        wanted = self.filter(record)
+        if wanted:
+            self.emit(wanted if isinstance(wanted, logging.LogRecord) else record)  # Python 3.12: a filter's own record
+        return bool(wanted)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Store the record as a LogLine; a record that cannot be formatted is stored as it is."""
         run = self.run
-        if run is None or run.ended or record.name in (log.name, access_log.name) or not self._is_own(record):
+        if run is None or run.ended or record.name in _OWN_LOGGERS:
+            return
+        if _current_run.get() is not run and not self._is_from_thread(record):
             return
         try:
             is_plain = not (self.formatter or record.exc_info or record.exc_text or record.stack_info)
@@ -1101,10 +1120,9 @@ class StoringHandler(logging.Handler):
         run.add_line(LogLine(timestamp(record.created), clean(message), _clean_name(str(record.levelname)),
                              _clean_name(str(record.module)), _clean_name(str(record.funcName)), lineno))
 
-    def _is_own(self, record: logging.LogRecord) -> bool:
-        current = _current_run.get()
-        if current is not None:
-            return current is self.run
+    def _is_from_thread(self, record: logging.LogRecord) -> bool:
+        if _current_run.get() is not None:
+            return False
         logger: Optional[logging.Logger] = logging.getLogger(record.name)
         while logger is not None:
             if any(isinstance(other, StoringHandler) and other.run is not self.run for other in logger.handlers):
@@ -1261,9 +1279,10 @@ _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finis
     WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
 _REQUEUE_JOB = f"""UPDATE jobs SET run_at = ?, crashes = ?, failures = ?, progress = NULL
     WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"""
-_LINE_ROWS = (100, 10, 1)
-_INSERT_LINES = {count: "INSERT INTO logs (timestamp, message, level, module, funcName, lineno, job_id, seq) VALUES "
-                 + ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?)"] * count) for count in _LINE_ROWS}
+_LINE_ROWS = (1, 10, 150, 2000 if sqlite3.sqlite_version_info >= (3, 32) else 160)  # 6 values each; old ones bear 999
+_INSERT_LINES = {count: "INSERT INTO logs (job_id, seq, timestamp, message, level, module, funcName, lineno) "
+                 f"SELECT ?, ?, * FROM (VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * count)}) LIMIT ?"
+                 for count in _LINE_ROWS}
 
 
 def sqlite_version() -> str:
@@ -1523,7 +1542,8 @@ class Store:
     @staticmethod
     def _run_operation(connection: sqlite3.Connection, transaction: Transaction, write: Write) -> None:
         """Run one operation. Its own mistake is its caller's alone; the disk's is everybody's, and raised."""
-        before, undone = connection.total_changes - transaction.inserted, len(transaction.on_rollback)
+        before = connection.total_changes - transaction.inserted
+        undone, announced = len(transaction.on_rollback), len(transaction.on_commit)
         write.error = None
         try:
             write.result = write.operation(transaction)
@@ -1535,7 +1555,7 @@ class Store:
                 raise _Spoiled from error
             for undo in reversed(transaction.on_rollback[undone:]):
                 undo()
-            del transaction.on_rollback[undone:]
+            del transaction.on_rollback[undone:], transaction.on_commit[announced:]
             is_value = isinstance(error, (sqlite3.Error, OverflowError, UnicodeError))
             write.error = ValueError(f"It cannot be stored: {error}") if is_value else error
             if is_changed:
@@ -1584,8 +1604,8 @@ class Store:
         """Return the job's log, oldest first; with ``limit`` only the newest lines, newest first."""
         columns = "SELECT timestamp, message, level, module, funcName, lineno FROM logs WHERE seq = ? ORDER BY log_id "
         if limit is None:
-            return [LogLine._make(row) for row in self._read(columns, (job.seq,))]
-        return [LogLine._make(row) for row in self._read(columns + "DESC LIMIT ?", (job.seq, limit))]
+            return list(map(LogLine._make, self._read(columns, (job.seq,))))
+        return list(map(LogLine._make, self._read(columns + "DESC LIMIT ?", (job.seq, limit))))
 
     def list_newest_logs(self, seq: int, limit: int, levels: Tuple[str, ...] = ()) -> List[Tuple[int, LogLine]]:
         """Return (log id, line) of the job's newest lines, newest first, of all ``levels`` or these (four at most)."""
@@ -1958,9 +1978,15 @@ def _add_lines(transaction: Transaction, run: JobRun) -> None:
     lines = [run.lines.popleft() for _ in range(len(run.lines))]
     if lines:
         transaction.on_rollback.append(lambda: run.lines.extendleft(reversed(lines)))
-        for rows in _split(lines, _LINE_ROWS):
-            transaction.execute(_INSERT_LINES[len(rows)],
-                                [value for line in rows for value in (*line, run.job_id, run.seq)])
+        transaction.on_commit.append(lambda: run.note_stored(lines))
+        for begin in range(0, len(lines), _LINE_ROWS[-1]):
+            rows = lines[begin:begin + _LINE_ROWS[-1]]
+            size = next(size for size in _LINE_ROWS if size >= len(rows))
+            nothing = (None,) * (6 * (size - len(rows)))
+            transaction.execute(_INSERT_LINES[size], (
+                run.job_id, run.seq, *itertools.chain.from_iterable(rows), *nothing, len(rows)))
+        if len(lines) > _LINE_ROWS[-2]:
+            transaction.forget_values(_INSERT_LINES[_LINE_ROWS[-1]])
 
 
 # -- opening the file
@@ -3611,6 +3637,7 @@ class Runner:
         if not is_new_id:
             self._store.add_job(job, lambda: None).wait()
         run = self._begin(job, job_type)
+        run.stored = []
         if is_new_id:
             self._held[job.seq] = job, run
             if not self._has_held.is_set():
@@ -5987,7 +6014,10 @@ class Service:
             ended = self.store.wait_for_job(job.job_id, lambda job: bool(job.callback_attempts), FIRST_ATTEMPT_SECONDS)
         if ended is None:
             raise NotFound("job_id not found")
-        return Response(200, render_parts(ended, self.store.get_logs(ended) if run.line_count else (), job_key=True))
+        lines = run.stored
+        if lines is None or len(lines) != run.line_count:
+            lines = self.store.get_logs(ended)
+        return Response(200, render_parts(ended, lines, job_key=True))
 
     def _find_job(self, request: Request, job_id: str, has_sent_data: bool = True) -> Job:
         """Return the job; raise NotFound, or Forbidden if the request may not see it."""

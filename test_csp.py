@@ -2100,6 +2100,43 @@ class TestJobs:
         newest = client.get(f"/job/{job['job_id']}?limit=2", key=SECURE_KEY).json
         assert messages(newest) == ["19999", "19998"]
 
+    @pytest.mark.parametrize("count", [1, 11, 150, 151, 2_001, csp.MAX_UNWRITTEN_LINES, csp.MAX_UNWRITTEN_LINES + 1])
+    def test_the_answer_to_a_synchronous_job_has_the_whole_log(self, start, count):
+        registry = csp.Registry()
+
+        @registry.synchronous
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.propagate = False
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            for number in range(count):
+                logger.warning("%d", number)
+
+        client = start(registry).client
+        job = client.submit("work")
+        assert messages(job) == [str(number) for number in range(count)]
+        assert client.show(job)["logs"] == job["logs"]
+
+    def test_what_another_program_has_written_into_a_log_is_shown(self, start):
+        running = start()
+        job = running.client.submit("echo", "&a")
+        changes = "UPDATE logs SET level = NULL, module = 5, lineno = 'seven', message = ?"
+        rows_of(running.path, changes, 'a "quote" and a \x00')
+        (line,) = running.client.show(job)["logs"]
+        assert (line["level"], line["module"], line["lineno"]) == (None, "5", "seven")
+        assert line["message"] == 'a "quote" and a \x00'
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="filters return records since Python 3.12")
+    def test_a_record_that_a_filter_returns_instead_is_what_is_stored(self, start):
+        def work(task_id, input):
+            handler = csp.StoringHandler(task_id, input)
+            handler.addFilter(lambda record: logging.makeLogRecord({**vars(record), "msg": "instead", "args": ()}))
+            logging.getLogger(task_id).addHandler(handler)
+            logging.getLogger(task_id).warning("a secret")
+
+        client = start(registry_of(work), path=None).client
+        assert messages(client.finish(client.submit("work"))) == ["instead"]
+
     def test_what_comes_after_the_end_is_not_taken(self, start):
         kept = []
 
@@ -7053,9 +7090,10 @@ class TestTrouble:
         run = csp.JobRun(job.job_id, job.seq, 1, lambda run, must_wait: None, lambda: None)
         run.add_message("INFO", "good")
         run.lines.append(csp.LogLine("t", "bad", "INFO", "m", "f", 2**70))
+        run.stored = []
         with pytest.raises(ValueError):
             store.add_run_output(run).wait()
-        assert [line.message for line in run.lines] == ["good", "bad"]
+        assert [line.message for line in run.lines] == ["good", "bad"] and run.stored == []
 
     def test_a_callback_that_fails_in_an_odd_way_keeps_to_the_schedule(self, start, receiver, monkeypatch):
         running = start()
