@@ -25,8 +25,13 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
-# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, inspect, logging.handlers,
-# multiprocessing, pickle, subprocess and urllib.request cost more than all the others.
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until all is imported: it stays to the end, so that there is nothing to collect
+
+# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, importlib.util, inspect,
+# logging.handlers, multiprocessing, pickle, shlex, subprocess and urllib.request.
 import argparse
 import atexit
 import base64
@@ -38,7 +43,6 @@ import functools
 import html
 import http.client
 import importlib
-import importlib.util
 import io
 import ipaddress
 import itertools
@@ -48,7 +52,6 @@ import os
 import queue
 import random
 import re
-import shlex
 import signal
 import socket
 import socketserver
@@ -68,7 +71,6 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import ThreadingHTTPServer
-from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -573,7 +575,8 @@ def _read_settings_file(path: str) -> Dict[str, Any]:
     """Run a Python settings file and return its upper-case names."""
     names: Dict[str, Any] = {"__file__": path, "__name__": "csp_settings"}
     try:
-        source = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            source = file.read()
     except OSError as error:
         raise StartError(f"The settings file {path} cannot be read: {error.strerror}.") from None
     try:
@@ -2732,7 +2735,11 @@ def import_name(module: types.ModuleType) -> str:
     if module.__name__ != "__main__":
         return module.__name__
     spec = getattr(module, "__spec__", None)
-    return spec.name if spec is not None else Path(getattr(module, "__file__", None) or "csp.py").stem
+    return spec.name if spec is not None else _stem(getattr(module, "__file__", None) or "csp.py")
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 Location = Dict[str, Optional[str]]  # of a function: its module, file and name
@@ -2799,20 +2806,21 @@ def become(name: str) -> None:
 _loading = threading.RLock()  # several threads of one worker may want the same file at the same time
 
 
-def _load_file(path: Path) -> types.ModuleType:
+def _load_file(path: str) -> types.ModuleType:
     """Import a file under its own name, or one like it if another module has that."""
-    name = stem = re.sub(r"\W", "_", path.stem)
+    import importlib.util
+    name = stem = re.sub(r"\W", "_", _stem(path))
     for number in itertools.count(2):
         known = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
-        if name in sys.modules and known is not None and known.origin == str(path):
+        if name in sys.modules and known is not None and known.origin == path:
             return sys.modules[name]
-        if known is None or known.origin == str(path):
+        if known is None or known.origin == path:
             break
         name = f"{stem}_{number}"
-    spec = importlib.util.spec_from_file_location(name, str(path))
-    if spec is None or spec.loader is None or not path.is_file():
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not os.path.isfile(path):
         raise ImportError("there is no such file")
-    sys.path.append(str(path.parent))
+    sys.path.append(os.path.dirname(path))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -2821,7 +2829,7 @@ def _load_file(path: Path) -> types.ModuleType:
 def load_module(name: str) -> types.ModuleType:
     """Import a module by name or by the path of its .py file; raise StartError if that fails."""
     try:
-        return _load_file(Path(name).resolve()) if name.endswith(".py") else importlib.import_module(name)
+        return _load_file(os.path.realpath(name)) if name.endswith(".py") else importlib.import_module(name)
     except StartError:
         raise
     except ImportError as error:
@@ -2842,7 +2850,7 @@ def _find_function(module: str, file: Optional[str], name: str) -> Callable[...,
         except ModuleNotFoundError as error:
             if file is None or not f"{module}.".startswith(f"{error.name}."):  # it is there, and misses another one
                 raise
-            found = _load_file(Path(file))
+            found = _load_file(file)
     function: Optional[Callable[..., Any]] = _get_attribute(found, name)
     if function is None:
         raise ImportError(f"The module {module} of {getattr(found, '__file__', 'unknown origin')} has no {name}.")
@@ -5329,6 +5337,7 @@ def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
 
 def _snippets(name: str, view: Overview) -> Html:
     body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
+    import shlex
     curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {shlex.quote(view.url)}"
     return render(_SNIPPETS, name=name, curl=curl, python=_PYTHON.format(body=body, url=view.url))
 
@@ -7510,6 +7519,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     become("csp")
     become("ckanserviceprovider")
     sys.exit(main())

@@ -7339,6 +7339,31 @@ class TestTrouble:
         client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
         eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0]))
 
+    def test_garbage_is_collected_though_not_while_it_starts(self, launch):
+        client = launch(
+            """
+            import gc
+            import csp.job as job
+
+            AT_THE_START = gc.isenabled()
+
+            @job.synchronous
+            def collected(task_id, input):
+                class Circle:
+                    alive = 0
+                    def __init__(self):
+                        Circle.alive += 1
+                        self.own = self
+                    def __del__(self):
+                        Circle.alive -= 1
+                for number in range(10_000):
+                    Circle()
+                return [AT_THE_START, Circle.alive]
+            """
+        ).client
+        was_enabled, left = client.submit("collected")["data"]
+        assert was_enabled and left < 5_000
+
     def test_a_synchronous_job_that_ends_soon_costs_one_commit(self, start, monkeypatch):
         running, batches = start(), []
         commit = running.service.store._commit
@@ -10523,40 +10548,41 @@ def read_to_end(connection):
         parts.append(part)
 
 
+@pytest.fixture(scope="module")
+def site():
+    """The URL of a web server with some files."""
+    pages = {
+        "/good.csv": b"date;name;size;code\n2020-01-02;a;1;007\n2020-01-01;b;2.5;008\n2020-01-03;;;009\n",
+        "/tab.tsv": "n\u00e4me\tn\n\u00e4\t1\n".encode("utf-16"),
+        "/latin.csv": "n\u00e4me,n\n\u00e4,1\n".encode("latin-1"),
+        "/empty": b"",
+        "/html": b"<!DOCTYPE html><p>",
+        "/binary": b"a\x00b",
+        "/zip": b"PK\x03\x04abc",
+        "/plain": b"1,2\n3,4\n",
+    }
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = pages.get(self.path)
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"") + (self.path == "/empty" and 0)))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield "http://127.0.0.1:%d" % server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
 class TestExamples:
     """jobs_example.py."""
-
-    @pytest.fixture(scope="class")
-    def site(self):
-        """The URL of a web server with some files."""
-        pages = {
-            "/good.csv": b"date;name;size;code\n2020-01-02;a;1;007\n2020-01-01;b;2.5;008\n2020-01-03;;;009\n",
-            "/tab.tsv": "n\u00e4me\tn\n\u00e4\t1\n".encode("utf-16"),
-            "/latin.csv": "n\u00e4me,n\n\u00e4,1\n".encode("latin-1"),
-            "/empty": b"",
-            "/html": b"<!DOCTYPE html><p>",
-            "/binary": b"a\x00b",
-            "/zip": b"PK\x03\x04abc",
-            "/plain": b"1,2\n3,4\n",
-        }
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                body = pages.get(self.path)
-                self.send_response(404 if body is None else 200)
-                self.send_header("Content-Length", str(len(body or b"") + (self.path == "/empty" and 0)))
-                self.end_headers()
-                self.wfile.write(body or b"")
-
-            def log_message(self, *arguments):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        yield "http://127.0.0.1:%d" % server.server_address[1]
-        server.shutdown()
-        server.server_close()
 
     @pytest.fixture
     def example(self, start):
