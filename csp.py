@@ -791,9 +791,10 @@ class Job(NamedTuple):
         return RUNNING if self.run_at is None else QUEUED
 
     @property
-    def is_large(self) -> bool:
-        """Whether copies of it are to be avoided."""
-        return len(self.sent_data or "") + len(self.data or "") >= LARGE_CHARACTERS
+    def large_values(self) -> Dict[str, Union[str, bytes]]:
+        """Those of ``sent_data`` and ``data``, by name, that are not to be copied more than need be."""
+        values = {"sent_data": self.sent_data, "data": self.data}
+        return {name: value for name, value in values.items() if value is not None and len(value) >= LARGE_CHARACTERS}
 
     @property
     def is_suspect(self) -> bool:
@@ -1201,7 +1202,7 @@ registry = Registry()  # what the decorators of the module ``job`` fill
 # half-done one. All SQL is here; statements are constant texts, so they stay compiled.
 # ---------------------------------------------------------------------------------------------------------------------
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x43535031  # "CSP1" in the file's header (sqlite.org/pragma.html#pragma_application_id)
 BUSY_SECONDS = 5.0  # how long a write waits for another program's lock before it is answered 503
 BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last of them waits
@@ -1209,6 +1210,9 @@ READERS = 2  # connections for reading: each step hands the interpreter lock ove
 ANY_JOB = ""  # what to watch for a change of whatever job
 CLEAR_SLICE = 500  # jobs deleted in one transaction, so that nobody waits behind a million rows
 
+_LARGE = """CREATE TABLE large (
+    seq INTEGER NOT NULL REFERENCES jobs (seq) ON DELETE CASCADE, name TEXT NOT NULL, value,
+    PRIMARY KEY (seq, name))"""  # columns of jobs that are large: whatever changes in a row, all of it is written again
 _SCHEMA = (
     """CREATE TABLE jobs (
         seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL UNIQUE, job_type TEXT NOT NULL, status TEXT NOT NULL,
@@ -1218,7 +1222,8 @@ _SCHEMA = (
         cancelled INTEGER NOT NULL DEFAULT 0, callback_status TEXT, callback_attempts INTEGER NOT NULL DEFAULT 0,
         callback_error TEXT, callback_at REAL, callback_host TEXT, result_url TEXT, api_key, job_key TEXT,
         submission_hash TEXT, resubmitted_from TEXT, progress TEXT, metadata TEXT, error TEXT, sent_data TEXT, data,
-        aps_job_id TEXT)""",  # what may be large stands last: a row is read no further than the last column asked for
+        aps_job_id TEXT)""",  # what may be long stands last: a row is read no further than the last column asked for
+    _LARGE,
     "CREATE INDEX jobs_by_status ON jobs (status, seq)",
     "CREATE INDEX jobs_by_type ON jobs (job_type, status, seq)",
     "CREATE INDEX jobs_queued ON jobs (run_at, seq) WHERE run_at IS NOT NULL",
@@ -1277,6 +1282,9 @@ _INSERT_JOBS = {count: _INSERT_JOB + f", ({', '.join('?' * len(Job._fields))})" 
 _SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
 _SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
 _SELECT_RESULT = re.sub(r"\bsent_data\b", "NULL", _SELECT_JOB)
+_APART = ""  # stands, as no JSON does, in a column of a row whose value is in the table ``large``
+_SELECT_LARGE = "SELECT value FROM large WHERE seq = ? AND name = ?"
+_INSERT_LARGE = "INSERT OR REPLACE INTO large (seq, name, value) VALUES (?, ?, ?)"
 _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
     callback_status = ?, callback_at = ?, api_key = ?, run_at = NULL
     WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
@@ -1597,7 +1605,7 @@ class Store:
     def get_job(self, job_id: str, has_sent_data: bool = True) -> Optional[Job]:
         """Return the job (with its ``sent_data`` or without), or None."""
         rows = self._read((_SELECT_JOB if has_sent_data else _SELECT_RESULT) + "WHERE job_id = ?", (job_id,))
-        return Job._make(rows[0]) if rows else None
+        return next(iter(_make_jobs(rows, self._read)), None)
 
     def get_light_jobs(self, seqs: Iterable[int]) -> List[Job]:
         """Return the jobs with these numbers that there still are, without their ``sent_data`` and ``data``."""
@@ -1690,8 +1698,8 @@ class Store:
 
     def list_running(self) -> List[Job]:
         """Return the jobs that are marked as running, oldest first."""
-        return [Job._make(row) for row in self._read(
-            f"{_SELECT_JOB} INDEXED BY jobs_running WHERE {_IN_STATE[RUNNING]} ORDER BY seq")]
+        return _make_jobs(self._read(
+            f"{_SELECT_JOB} INDEXED BY jobs_running WHERE {_IN_STATE[RUNNING]} ORDER BY seq"), self._read)
 
     def list_callback_hosts(self) -> List[Tuple[str, float]]:
         """Return (host, earliest epoch seconds) for every host that a callback is due to, now or later."""
@@ -1704,9 +1712,9 @@ class Store:
 
     def list_due_callbacks(self, host: str, limit: int) -> List[Job]:
         """Return the jobs whose callback goes to ``host``, the earliest due first, due or not."""
-        return [Job._make(row) for row in self._read(
+        return _make_jobs(self._read(
             _SELECT_JOB + "WHERE callback_at IS NOT NULL AND callback_host = ? ORDER BY callback_at LIMIT ?",
-            (host, limit))]
+            (host, limit)), self._read)
 
     # -- waiting
 
@@ -1779,8 +1787,9 @@ class Store:
             return not job.is_suspect and (wait <= 0 or not job.attempts or wait > LONGEST_BACKOFF_SECONDS)
 
         def operation(transaction: Transaction) -> Claim:
-            waiting = [Job._make(row) for row in transaction.execute(
-                _SELECT_JOB + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?", (limit + 1,))]
+            rows = transaction.execute(
+                _SELECT_JOB + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?", (limit + 1,))
+            waiting = _make_jobs(rows, transaction.execute)
             is_suspect = bool(waiting) and waiting[0].is_suspect
             due = list(itertools.takewhile(is_due, waiting[:limit]))
             if is_suspect and is_calm():
@@ -1887,15 +1896,16 @@ class Store:
         self._write(operation)
 
     def delete_job(self, job: Job) -> Optional[Job]:
-        """Delete the job, its log and its metadata; return it as it was at that moment, None if it was gone."""
+        """Delete the job and all of it; return it as it was at that moment, but light, or None if it was gone."""
         def operation(transaction: Transaction) -> Optional[Job]:
-            row = transaction.execute(_SELECT_JOB + "WHERE seq = ?", (job.seq,)).fetchone()
+            row = transaction.execute(_SELECT_LIGHT + "WHERE seq = ?", (job.seq,)).fetchone()
             if row is None:
                 return None
             transaction.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
-            transaction.count(job.job_type, Job._make(row).status, -1)
+            deleted = Job._make(row)
+            transaction.count(job.job_type, deleted.status, -1)
             transaction.touched.add(job.job_id)
-            return Job._make(row)
+            return deleted
         return self._write(operation)
 
     def delete_finished_jobs(self, before: str) -> int:
@@ -1943,16 +1953,17 @@ class Store:
 
 def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as: str = "") -> None:
     """Insert the job with its metadata; raise Conflict if its id is taken."""
-    if is_new_id and not transaction.is_alone and not job.is_large:
-        transaction.insert_soon(job)
+    large = job.large_values
+    hints: Dict[str, Any] = dict.fromkeys(large, _APART)
+    row = job._replace(**hints) if large else job
+    if is_new_id and not transaction.is_alone:
+        transaction.insert_soon(row)
     else:
         try:
-            transaction.execute(_INSERT_JOB, job)
+            transaction.execute(_INSERT_JOB, row)
         except sqlite3.IntegrityError:
             raise Conflict(f"job_id {job.job_id} already exists") from None
-        finally:
-            if job.is_large:
-                transaction.forget_values(_INSERT_JOB)
+    _insert_large(transaction, job.seq, large)
     if job.metadata is not None:
         transaction.executemany("INSERT INTO metadata (job_id, key, value, type, seq) VALUES (?, ?, ?, ?, ?)",
                                 _metadata_rows(job))
@@ -1962,12 +1973,36 @@ def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as:
 
 def _finish_job(transaction: Transaction, job: Job, old_state: str) -> bool:
     """Write how the job ended; return False if it was not in that state (and attempt) any more."""
+    large = {name: value for name, value in job.large_values.items() if name == "data"}
     count = transaction.execute(_FINISH_JOB[old_state], (
-        job.status, job.data, job.error, job.finished_timestamp, job.progress, job.callback_status, job.callback_at,
-        job.api_key, job.seq, job.attempts)).rowcount
-    if job.is_large:
-        transaction.forget_values(_FINISH_JOB[old_state])
+        job.status, _APART if large else job.data, job.error, job.finished_timestamp, job.progress, job.callback_status,
+        job.callback_at, job.api_key, job.seq, job.attempts)).rowcount
+    if count:
+        _insert_large(transaction, job.seq, large)
     return count > 0
+
+
+def _make_jobs(rows: Iterable[Sequence[Any]], read: Callable[[str, Sequence[Any]], Iterable[Any]]) -> List[Job]:
+    """Return the jobs of the rows, but for those deleted meanwhile; ``read`` gives the rows of a statement.
+
+    What is not in the row of a job is read by itself, one after the other, so that there is no more than one copy.
+    """
+    jobs = []
+    for job in map(Job._make, rows):
+        apart = [name for name, value in (("sent_data", job.sent_data), ("data", job.data))
+                 if isinstance(value, str) and value == _APART]
+        found: Dict[str, Any] = {name: value for name in apart for value, in read(_SELECT_LARGE, (job.seq, name))}
+        if len(found) == len(apart):
+            jobs.append(job._replace(**found) if apart else job)
+    return jobs
+
+
+def _insert_large(transaction: Transaction, seq: int, values: Mapping[str, Union[str, bytes]]) -> None:
+    for name, value in values.items():
+        try:
+            transaction.execute(_INSERT_LARGE, (seq, name, value))
+        finally:
+            transaction.forget_values(_INSERT_LARGE)
 
 
 def _metadata_rows(job: Job) -> List[Tuple[str, str, str, str, int]]:
@@ -2086,6 +2121,26 @@ def _check_database(path: str) -> None:
         raise StartError(f"The database {path} belongs to another program; choose another file with --db.")
 
 
+def _make_tables(connection: sqlite3.Connection, version: Optional[int]) -> None:
+    """Make the schema's tables, with what those of that version (None: there are none) hold."""
+    if version == 2:
+        connection.execute(_LARGE)
+        return
+    tables = _OLD_TABLES[version] if version is not None else ()
+    for (index,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL "
+                                       "AND tbl_name IN ('jobs', 'metadata', 'logs')").fetchall():
+        connection.execute(f'DROP INDEX "{index}"')
+    for table in tables:
+        connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+    for statement in _SCHEMA:
+        connection.execute(statement)
+    _create_functions(connection)
+    for statement in (_FROM_VERSION_1 if version else _FROM_PREDECESSOR) if tables else ():
+        connection.execute(statement)
+    for table in tables:
+        connection.execute(f"DROP TABLE old_{table}")
+
+
 def _migrate(connection: sqlite3.Connection) -> None:
     """Make the schema, and take over the tables of the predecessor or of an older version, in one transaction."""
     connection.execute("PRAGMA foreign_keys = OFF")
@@ -2093,19 +2148,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         is_old = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone() is not None
-        tables = _OLD_TABLES[version] if is_old else ()
-        for (index,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL "
-                                           "AND tbl_name IN ('jobs', 'metadata', 'logs')").fetchall():
-            connection.execute(f'DROP INDEX "{index}"')
-        for table in tables:
-            connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
-        for statement in _SCHEMA:
-            connection.execute(statement)
-        _create_functions(connection)
-        for statement in (_FROM_VERSION_1 if version else _FROM_PREDECESSOR) if is_old else ():
-            connection.execute(statement)
-        for table in tables:
-            connection.execute(f"DROP TABLE old_{table}")
+        _make_tables(connection, version if is_old else None)
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         connection.execute("COMMIT")

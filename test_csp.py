@@ -3534,6 +3534,51 @@ class TestStore:
         store.close()
         assert b"very-secret" not in (tmp_path / "jobs.db").read_bytes()
 
+    @pytest.mark.parametrize("sent", ["small", "\u00e4" * csp.LARGE_CHARACTERS], ids=["small", "large"])
+    @pytest.mark.parametrize("made", ["", b"", None, "x" * csp.LARGE_CHARACTERS, b"\x00" * csp.LARGE_CHARACTERS],
+                             ids=["empty", "no bytes", "none", "large", "large bytes"])
+    def test_a_large_value_is_the_same_wherever_it_is_kept(self, start, sent, made):
+        registry = csp.Registry()
+
+        @registry.asynchronous
+        def later(task_id, input):
+            assert input["data"] == sent
+            return made
+
+        @registry.synchronous
+        def now(task_id, input):
+            assert input["data"] == sent
+            return made
+
+        expected = {"base64": base64.b64encode(made).decode()} if isinstance(made, bytes) else made
+        first = start(registry)
+        jobs = [first.client.submit(name, sent) for name in ("now", "later")]
+        shown = [first.client.finish(job) for job in jobs]
+        first.stop()
+        again = start(registry)
+        assert [again.client.show(job) for job in jobs] == shown
+        assert [(job["status"], job["sent_data"], job["data"]) for job in shown] == [("complete", sent, expected)] * 2
+        count = 2 * sum(value is not None and len(value) > 5 for value in (sent, made))
+        assert rows_of(first.path, "SELECT count(*) FROM large") == [(count,)]
+        (lengths,) = rows_of(first.path, "SELECT max(length(sent_data)), max(length(data)) FROM jobs")
+        assert max(length or 0 for length in lengths) < 10
+        for job in jobs:
+            assert again.client.delete(f"/job/{job['job_id']}", key=job["job_key"]).status == 200
+        assert rows_of(first.path, "SELECT count(*) FROM large") == [(0,)]
+
+    def test_a_large_job_that_is_deleted_while_it_is_read_is_gone(self, store, monkeypatch):
+        add_job(store, "a", sent_data=csp.to_json("x" * csp.LARGE_CHARACTERS))
+        read = store._read
+
+        def slow(statement, values=()):
+            rows = read(statement, values)
+            if rows and rows[0][1:2] == ("a",):
+                store.delete_job(csp.Job._make(rows[0]))
+            return rows
+
+        monkeypatch.setattr(store, "_read", slow)
+        assert store.get_job("a") is None
+
     def test_deleting_a_job_deletes_its_log_and_metadata(self, start, tmp_path):
         client = start().client
         jobs = [client.submit("echo", "&a", metadata={"k": "v"}, job_id=job_id) for job_id in ("gone", "kept")]
@@ -10162,6 +10207,22 @@ class TestSchema:
         tables = {name for (name,) in read_rows(path, "SELECT tbl_name FROM sqlite_master")}
         assert not [name for name in tables if name.startswith("old_")]
 
+    def test_a_database_of_version_2_opens_with_its_large_values_where_they_are(self, start):
+        first = start()
+        text = "\u00e4" * csp.LARGE_CHARACTERS
+        jobs = [first.client.submit("echo", text), first.client.submit("echo", "small")]
+        first.stop()
+        rows_of(first.path, "UPDATE jobs SET sent_data = ?, data = ? WHERE sent_data = ''",
+                csp.to_json(text), csp.to_json(">" + text))
+        rows_of(first.path, "DROP TABLE large")
+        rows_of(first.path, "PRAGMA user_version = 2")
+        second = start()
+        shown = [second.client.show(job) for job in jobs]
+        assert [(job["sent_data"], job["data"]) for job in shown] == [(text, ">" + text), ("small", ">small")]
+        assert second.client.submit("echo", text)["data"] == ">" + text
+        assert rows_of(first.path, "PRAGMA user_version") == [(csp.SCHEMA_VERSION,)]
+        assert rows_of(first.path, "SELECT count(*) FROM large") == [(2,)]
+
     def test_the_numbers_of_jobs_and_lines_stay(self, tmp_path):
         path = tmp_path / "jobs.db"
         make_version_1(path, time.time())
@@ -11165,7 +11226,7 @@ class TestOldNames:
         csp.configure_logging(csp.Settings({"STDERR": False}))
 
     @linux_only
-    def test_a_large_job_leaves_no_memory_behind_and_is_held_six_times_at_most(self, launch):
+    def test_a_large_job_leaves_no_memory_behind_and_is_held_five_times_at_most(self, launch):
         server = launch(ECHO_MODULE, environ={"CSP_MAX_BODY_BYTES": "100000000"})
         client = server.client
         client.submit("echo", "x")
@@ -11174,7 +11235,7 @@ class TestOldNames:
         assert client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == b"x" * size * 1024
         assert client.show(job)["sent_data"] == "x" * size * 1024
         peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1])
-        assert peak - memory < 6.6 * size
+        assert peak - memory < 5 * size
         assert eventually(lambda: memory_kilobytes(server.process.pid) < memory + size // 2)
 
     @linux_only
