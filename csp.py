@@ -25,11 +25,6 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until all is imported: it stays to the end, so that there is nothing to collect
-
 # What few starts need is imported where it is used: csv, getpass, hashlib, hmac, importlib.util, inspect,
 # logging.handlers, multiprocessing, pickle, shlex, subprocess and urllib.request.
 import argparse
@@ -1291,9 +1286,6 @@ _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finis
 _REQUEUE_JOB = f"""UPDATE jobs SET run_at = ?, crashes = ?, failures = ?, progress = NULL
     WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}"""
 _LINE_ROWS = (1, 10, 150, 2000 if sqlite3.sqlite_version_info >= (3, 32) else 160)  # 6 values each; old ones bear 999
-_INSERT_LINES = {count: "INSERT INTO logs (job_id, seq, timestamp, message, level, module, funcName, lineno) "
-                 f"SELECT ?, ?, * FROM (VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * count)}) LIMIT ?"
-                 for count in _LINE_ROWS}
 
 
 def sqlite_version() -> str:
@@ -2011,6 +2003,12 @@ def _metadata_rows(job: Job) -> List[Tuple[str, str, str, str, int]]:
             for key, value in json.loads(job.metadata or "{}").items()]
 
 
+@functools.lru_cache(maxsize=None)
+def _insert_lines(count: int) -> str:
+    return ("INSERT INTO logs (job_id, seq, timestamp, message, level, module, funcName, lineno) "
+            f"SELECT ?, ?, * FROM (VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * count)}) LIMIT ?")
+
+
 def _add_lines(transaction: Transaction, run: JobRun) -> None:
     """Move the run's log lines to the database; a rollback puts them back."""
     lines = [run.lines.popleft() for _ in range(len(run.lines))]
@@ -2021,10 +2019,10 @@ def _add_lines(transaction: Transaction, run: JobRun) -> None:
             rows = lines[begin:begin + _LINE_ROWS[-1]]
             size = next(size for size in _LINE_ROWS if size >= len(rows))
             nothing = (None,) * (6 * (size - len(rows)))
-            transaction.execute(_INSERT_LINES[size], (
+            transaction.execute(_insert_lines(size), (
                 run.job_id, run.seq, *itertools.chain.from_iterable(rows), *nothing, len(rows)))
         if len(lines) > _LINE_ROWS[-2]:
-            transaction.forget_values(_INSERT_LINES[_LINE_ROWS[-1]])
+            transaction.forget_values(_insert_lines(_LINE_ROWS[-1]))
 
 
 # -- opening the file
@@ -2226,7 +2224,6 @@ def _create_functions(connection: sqlite3.Connection) -> None:
 
 RETRY_SECONDS = (1, 2, 4, 8, 15, 15, 15, 15, 15, 15, 60, 300, 1800, 7200, 18_000, 36_000)
 CALLBACK_SECONDS = 15.0  # per attempt
-START_SECONDS = 1.0  # by then a start is over, which has no time to load what callbacks need
 CALLBACK_THREADS = 64
 CALLBACK_THREADS_PER_HOST = 4  # for a host whose last callback was accepted; every other gets one
 MAX_CALLBACK_ANSWER_BYTES = 4096  # enough for an error text
@@ -2444,9 +2441,8 @@ class CallbackSender:
 
     def _run(self) -> None:
         with self._condition:
-            if not self._due and not self._is_stopping:
-                self._condition.wait(START_SECONDS)
-        while not hasattr(self, "_opener"):
+            self._condition.wait_for(lambda: self._due or self._is_stopping)
+        while not (hasattr(self, "_opener") or self._is_stopping):  # not made at the start: that costs
             try:
                 self._opener = _make_opener(self._connections)
             except OSError as error:  # no more files can be opened now, not even a module's
@@ -7562,8 +7558,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
     become("csp")
     become("ckanserviceprovider")
     sys.exit(main())

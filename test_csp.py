@@ -7384,31 +7384,6 @@ class TestTrouble:
         client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
         eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0]))
 
-    def test_garbage_is_collected_though_not_while_it_starts(self, launch):
-        client = launch(
-            """
-            import gc
-            import csp.job as job
-
-            AT_THE_START = gc.isenabled()
-
-            @job.synchronous
-            def collected(task_id, input):
-                class Circle:
-                    alive = 0
-                    def __init__(self):
-                        Circle.alive += 1
-                        self.own = self
-                    def __del__(self):
-                        Circle.alive -= 1
-                for number in range(10_000):
-                    Circle()
-                return [AT_THE_START, Circle.alive]
-            """
-        ).client
-        was_enabled, left = client.submit("collected")["data"]
-        assert was_enabled and left < 5_000
-
     def test_a_synchronous_job_that_ends_soon_costs_one_commit(self, start, monkeypatch):
         running, batches = start(), []
         commit = running.service.store._commit
