@@ -6000,12 +6000,12 @@ class Service:
             return self._answer_with(job, wait, applied)
         return Response(200, render_parts(job, (), job_key=True), headers=applied)
 
-    def _check_admission(self, submission: Submission) -> None:
+    def _check_admission(self, submission: Submission, count: int = 1) -> None:
         if not self.auth.may_submit(submission.api_key):
             raise Forbidden("This api_key may not submit jobs.")
         limit = self.settings["MAX_PENDING"]
-        if limit is not None and self.store.count_jobs()[PENDING] >= limit:
-            raise Unavailable(f"There are {limit:,} unfinished jobs already; try again later.", 30)
+        if limit is not None and self.store.count_jobs()[PENDING] + count > limit:
+            raise Unavailable(f"There may be {limit:,} unfinished jobs at most; try again later.", 30)
 
     def _read_preferences(self, request: Request) -> Tuple[int, List[Tuple[str, str]]]:
         """Return how many seconds to wait for the job to finish, and the field that says which preferences count.
@@ -6255,7 +6255,8 @@ class Service:
         jobs = list(filter(None, map(self.store.get_job, dict.fromkeys(job_ids))))
         if form.get("action") == "resubmit":
             for job in jobs:  # all or none
-                check_submission(_input_again(job, form.get("api_key")), self.registry)
+                again = _input_again(job, form.get("api_key"))
+                self._check_admission(check_submission(again, self.registry), len(jobs))
         for job in jobs:
             if form.get("action") == "delete":
                 self._delete(job)

@@ -2535,6 +2535,17 @@ class TestConsole:
         for _ in range(2):
             console.registry.steps.put("stop")
 
+    def test_a_selection_for_which_there_is_no_room_is_not_resubmitted_in_part(self, start):
+        client = start(console_registry(), MAX_PENDING=2).client
+        jobs = [client.finish(client.submit("echo", number)) for number in range(3)]
+        fields = [("job_id", job["job_id"]) for job in jobs] + [("action", "resubmit"), ("api_key", "again")]
+        headers = {**FORM, "Authorization": ADMIN, "Accept": BROWSER_ACCEPT}
+        answer = client.request("POST", "/console/selection", urllib.parse.urlencode(fields), headers)
+        assert answer.status == 503 and b"There may be 2 unfinished jobs at most" in answer.body
+        assert len(client.get("/job").json["list"]) == 3
+        answer = client.request("POST", "/console/selection", urllib.parse.urlencode(fields[1:]), headers)
+        assert answer.status == 302 and len(client.get("/job").json["list"]) == 5
+
     def test_a_form_of_too_many_fields_is_refused(self, console):
         headers = {**FORM, "Authorization": ADMIN, "Accept": BROWSER_ACCEPT}
         answer = console.client.request("POST", "/console/selection", "action=delete" + "&job_id=x" * 300, headers)
