@@ -547,8 +547,9 @@ SETTINGS = (
 class Settings(Mapping[str, Any]):
     """The settings, read-only, by upper-case name; unknown upper-case names of a settings file are kept too."""
 
-    def __init__(self, values: Optional[Mapping[str, Any]] = None) -> None:
-        """Take ``values`` over the defaults; raise StartError for a wrong one."""
+    def __init__(self, values: Optional[Mapping[str, Any]] = None, doubts: Sequence[str] = ()) -> None:
+        """Take ``values`` over the defaults; raise StartError for a wrong one. ``doubts`` are sentences for the log."""
+        self.doubts = doubts
         self._values: Dict[str, Any] = {**{row.name: row.default for row in SETTINGS}, **(values or {})}
         for row in SETTINGS:
             try:
@@ -581,6 +582,17 @@ def _read_settings_file(path: str) -> Dict[str, Any]:
     return {name: value for name, value in names.items() if name.isupper()}
 
 
+def _doubt(names: Iterable[str], place: str, prefix: str = "") -> List[str]:
+    """Return a sentence for each name that is none of a setting, but nearly: jobs may have settings of their own."""
+    known = [prefix + row.name for row in SETTINGS]
+    unknown = set(names).difference(known)
+    if not unknown:
+        return []
+    import difflib
+    near = [(name, found) for name in sorted(unknown) for found in difflib.get_close_matches(name, known, 1, 0.75)]
+    return [f"{place} has {name}, which is no setting; is {found} meant?" for name, found in near]
+
+
 def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
                   overrides: Optional[Mapping[str, Any]] = None) -> Settings:
     """Return defaults, overlaid by the settings file (else the one that JOB_CONFIG names), environment, overrides.
@@ -589,14 +601,17 @@ def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str
     """
     environ = os.environ if environ is None else environ
     values: Dict[str, Any] = {}
+    doubts = _doubt([name for name in environ if name.startswith("CSP_")], "The environment", "CSP_")
     path = file or environ.get("JOB_CONFIG")
     if path:
         values.update(_read_settings_file(path))
+        doubts += _doubt(values, f"The settings file {path}") if values else [
+            f"The settings file {path} sets nothing: it is Python, with lines such as PORT = 8000."]
     if environ.get("DATABASE_URL"):
         values["SQLALCHEMY_DATABASE_URI"] = environ["DATABASE_URL"]
     values.update((row.name, environ["CSP_" + row.name]) for row in SETTINGS if "CSP_" + row.name in environ)
     values.update(overrides or {})
-    return Settings(values)
+    return Settings(values, doubts)
 
 
 class Config(Mapping[str, Any]):
@@ -961,6 +976,10 @@ class Registry:
         return sorted(self._types)
 
     def _decorate(self, function: Optional[Function], synchronous: bool, options: Dict[str, Any]) -> Any:
+        unknown = sorted(set(options) - {"timeout", "retries", "at_most_once", "memory_limit"})
+        if unknown:
+            raise TypeError(f"a job has no option {', '.join(unknown)}")
+
         def register(function: Function) -> Function:
             self._add(function, synchronous, **options)
             return function
@@ -968,6 +987,11 @@ class Registry:
 
     def _add(self, function: Callable[..., Any], synchronous: bool, timeout: Optional[float] = None, retries: int = 0,
              at_most_once: bool = False, memory_limit: Optional[int] = None) -> None:
+        _check_function(function)
+        numbers = {"timeout": timeout, "retries": retries, "memory_limit": memory_limit}
+        for option, number in numbers.items():
+            if number is not None and not isinstance(number, (int, float)):
+                raise TypeError(f"{function.__name__}: {option} has to be a number")
         if timeout is not None and not timeout > 0 or retries < 0:
             raise ValueError(f"{function.__name__}: timeout has to be above 0 and retries not below 0")
         if memory_limit is not None and not 0 < memory_limit < 2**63:
@@ -981,6 +1005,21 @@ class Registry:
                              f"{_place(function)}; rename one")
         self._types[function.__name__] = JobType(function.__name__, function, synchronous, timeout, retries,
                                                  at_most_once, memory_limit)
+
+
+_NOT_PLAIN = 0x20 | 0x80 | 0x200  # the flags of code that makes a generator, a coroutine or both (inspect.CO_…)
+_VARIABLE = 0x04  # the flag of code that takes any number of arguments
+
+
+def _check_function(function: Callable[..., Any]) -> None:
+    """Raise TypeError for a function that could be no job: it would fail each time that it is called."""
+    if not isinstance(function, types.FunctionType):
+        return
+    code, defaults = function.__code__, len(function.__defaults__ or ())
+    if code.co_flags & _NOT_PLAIN:
+        raise TypeError(f"{function.__name__}: a job has to be a plain function, neither async nor a generator")
+    if not code.co_flags & _VARIABLE and not code.co_argcount - defaults <= 2 <= code.co_argcount:
+        raise TypeError(f"{function.__name__}: a job takes two arguments, its id and the submitted object")
 
 
 def _place(function: Callable[..., Any]) -> str:
@@ -2876,7 +2915,7 @@ def load_module(name: str) -> types.ModuleType:
     except SyntaxError as error:
         raise StartError(f"The module {name} has a syntax error: {error}.") from None
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
+        *_, line = (line for line in traceback.extract_tb(error.__traceback__) if line.filename != __file__)
         raise StartError(f"The module {name} fails: {type(error).__name__}: {_safe_text(error)} "
                          f"({line.filename}, line {line.lineno}).") from error
 
@@ -6111,6 +6150,9 @@ class Service:
         """Delete the jobs that finished more than ``days`` days ago."""
         if not self.auth.may_administer(request):
             raise Forbidden
+        unknown = sorted({name for name, _ in request.query} - {"days", "_format"})
+        if unknown:  # days misspelt must not delete what it was to keep
+            raise Conflict(f"Clearing jobs takes days and no {', '.join(unknown)}")
         days = request.number("days", self.settings["KEEP_JOBS_AGE"], maximum=36_500) or 0
         return Response.json({"success": True, "deleted": self._clear(days)})
 
@@ -6285,7 +6327,8 @@ class Service:
         form = request.form
         if request.method != "POST":
             return page_response(submit_page(viewer, self.registry.names(), {
-                "job_type": dict(request.query).get("type", ""), "api_key": "console"}))
+                "job_type": dict(request.query).get("type", ""),
+                "api_key": "" if self.settings["API_KEYS"] else "console"}))
         try:
             body: Dict[str, Any] = {name: form[name] for name in ("job_type", "api_key", "result_url")
                                     if form.get(name)}
@@ -6293,8 +6336,9 @@ class Service:
                 if form.get(name, "").strip():
                     body[name] = _read_json_field(name, form[name])
             job = self._queue(body)
-        except Conflict as error:
-            return page_response(submit_page(viewer, self.registry.names(), form, error.message), 409)
+        except (Conflict, Forbidden, Unavailable) as error:  # what has been typed is not lost
+            page = submit_page(viewer, self.registry.names(), form, error.message)
+            return page_response(page, error.status, error.headers)
         return _go_to(job_path(job.job_id), "submit")
 
     def show_style(self, request: Request) -> Response:
@@ -7232,6 +7276,8 @@ def configure_logging(settings: Settings) -> None:
     log.setLevel(logging.DEBUG if settings["DEBUG"] else logging.INFO)
     log.propagate = False
     access_log.disabled = not handlers  # lines that nobody reads need not be made
+    for doubt in settings.doubts:
+        log.warning("%s", doubt)
 
 
 def announce(server: Server, stream: TextIO) -> None:
@@ -7239,7 +7285,7 @@ def announce(server: Server, stream: TextIO) -> None:
     service = server.service
     types = service.registry.names()
     lines = [f"{service.settings['NAME']} (csp.py {__version__}) at {server.url}",
-             f"Job types: {', '.join(types) or 'none; name a module with --jobs'}",
+             f"Job types: {', '.join(types) or 'none; name a module that has some with --jobs'}",
              f"Database:  {os.path.abspath(service.database) if service.database else 'in memory, gone at the end'}"]
     if service.auth.generated_password:
         lines.append(f"Log in:    user {service.settings['USERNAME']}, password {service.auth.generated_password} "
@@ -7247,7 +7293,8 @@ def announce(server: Server, stream: TextIO) -> None:
     else:
         lines.append(f"Log in:    user {service.settings['USERNAME']}, with your PASSWORD, at {server.url}login")
     if types:
-        example = to_json({"job_type": _example_type(service.registry), "api_key": "any", "data": "hello"})
+        api_key = "one of API_KEYS" if service.settings["API_KEYS"] else "any"
+        example = to_json({"job_type": _example_type(service.registry), "api_key": api_key, "data": "hello"})
         lines.append(f"Try it:    curl -H 'Content-Type: application/json' -d '{example}' {server.url}job")
     print("\n".join(lines), file=stream, flush=True)
 
@@ -7403,6 +7450,7 @@ class Application:
         self.config = config
         self._lock = threading.Lock()
         self._service: Optional[Service] = None
+        self._trouble = ""
 
     @property
     def service(self) -> Service:
@@ -7416,8 +7464,18 @@ class Application:
             return self._service
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer a request (PEP 3333)."""
-        return Wsgi(self.service)(environ, start_response)
+        """Answer a request (PEP 3333): with 503 as long as the service cannot be started."""
+        try:
+            service = self.service
+        except StartError as error:
+            if str(error) != self._trouble:
+                self._trouble = str(error)
+                log.error("%s", error)
+            body = to_json({"error": "The service cannot be started; its log says why."}).encode("ascii")
+            start_response("503 Service Unavailable", [
+                ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Retry-After", "30")])
+            return [body]
+        return Wsgi(service)(environ, start_response)
 
     def test_client(self) -> ApplicationClient:
         """Return a client for tests: ``get``, ``post`` and ``delete``."""
@@ -7470,8 +7528,10 @@ def _run_once(arguments: Sequence[str]) -> int:
     """Run one job here and now; print its log and result; return 1 if it failed."""
     name, data = arguments[0], arguments[1] if len(arguments) > 1 else None
     job_type = registry.get(name)
-    if job_type is None or len(arguments) > 2:
-        raise StartError(f"--run takes a job type ({', '.join(registry.names())}) and its data as JSON.")
+    if len(arguments) > 2:
+        raise StartError("--run takes a job type and its data as one JSON text; put that into quotes.")
+    if job_type is None:
+        raise StartError(f"There is no job type {name}; there are: {', '.join(registry.names()) or 'none'}.")
     input: Dict[str, Any] = {"job_type": name, "api_key": "none"}
     try:
         if data is not None:
@@ -7538,13 +7598,14 @@ def _run_command(options: argparse.Namespace) -> int:
 def wsgi_app(*jobs: str) -> Application:
     """Return the WSGI application that serves these job modules (names or .py files), for ``csp:wsgi_app("my_jobs")``.
 
-    Settings come from JOB_CONFIG and the environment. Raises StartError if a module cannot be imported.
+    Settings come from JOB_CONFIG and the environment. Raises StartError if they or a module cannot be loaded.
     """
     become("csp")
     become("ckanserviceprovider")
     sys.path.insert(0, os.getcwd())
     for name in jobs:
         load_module(name)
+    assert len(_application.config) > 0, "loaded now, not with the first request"
     return _application
 
 

@@ -623,8 +623,8 @@ STANDARD_LIBRARY = getattr(
     "stdlib_module_names",
     frozenset(
         """ atexit gc multiprocessing pickle resource
-    __future__ argparse ast base64 binascii bisect collections concurrent contextlib contextvars copy csv datetime email
-    errno
+    __future__ argparse ast base64 binascii bisect collections concurrent contextlib contextvars copy csv datetime
+    difflib email errno
     fcntl functools getpass hashlib heapq hmac html http importlib inspect io ipaddress itertools json logging math
     mimetypes operator os pathlib platform queue random re secrets select selectors shlex shutil signal socket
     socketserver sqlite3 ssl stat string struct subprocess sys tempfile textwrap threading time traceback types typing
@@ -1754,14 +1754,39 @@ class TestJobs:
             ("asynchronous", {"memory_limit": -1}),
             ("synchronous", {"memory_limit": 2**30}),
             ("asynchronous", {"no_such_option": 1}),
+            ("asynchronous", {"timeout": "60"}),
+            ("asynchronous", {"retries": "3"}),
+            ("asynchronous", {"memory_limit": "1G"}),
         ],
         ids=str,
     )
     def test_options_without_sense_are_refused(self, decorator, options):
         registry = csp.Registry()
-        with pytest.raises((ValueError, TypeError)):
+        (option,) = options
+        with pytest.raises((ValueError, TypeError), match=option if decorator == "asynchronous" else "synchronous"):
             getattr(registry, decorator)(**options)(lambda task_id, input: None)
         assert registry.names() == []
+
+    def test_a_function_that_can_be_no_job_is_refused(self):
+        async def later(task_id, input):
+            return 1
+
+        def parts(task_id, input):
+            yield 1
+
+        async def both(task_id, input):
+            yield 1
+
+        registry = csp.Registry()
+        for function in (later, parts, both):
+            with pytest.raises(TypeError, match=f"{function.__name__}.* plain function"):
+                registry.asynchronous(function)
+        for function in (lambda: 1, lambda input: 1, lambda a, b, c: 1):
+            with pytest.raises(TypeError, match="takes two arguments"):
+                registry.asynchronous(function)
+        for function in (lambda a, b, c=1: 1, lambda *all: 1, lambda a, *rest: 1, lambda a=1, b=2: 1):
+            registry.synchronous(named_like("good", function))
+            registry = csp.Registry()
 
     # -- what a job looks like
 
@@ -7053,6 +7078,19 @@ class TestDiskTrouble:
         assert text.count("cannot be written") == text.count("can be written again") == 1
 
 
+def observed_batches(store, monkeypatch):
+    """Return a list that gets what the store commits from now on, but for the runner's looks at the queue."""
+    commit, batches = store._commit, []
+
+    def observe(batch):
+        if any("claim_jobs" not in write.operation.__qualname__ for write in batch):
+            batches.append(batch)
+        commit(batch)
+
+    monkeypatch.setattr(store, "_commit", observe)
+    return batches
+
+
 class TestTrouble:
     """What must not be lost, repeated or held up when something goes wrong at a bad moment."""
 
@@ -7396,9 +7434,8 @@ class TestTrouble:
         eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0]))
 
     def test_a_synchronous_job_that_ends_soon_costs_one_commit(self, start, monkeypatch):
-        running, batches = start(), []
-        commit = running.service.store._commit
-        monkeypatch.setattr(running.service.store, "_commit", lambda batch: (batches.append(batch), commit(batch)))
+        running = start()
+        batches = observed_batches(running.service.store, monkeypatch)
         monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
         jobs = [running.client.submit("echo", text, metadata={"a": 1}) for text in ("hi", "&hi", ">hi", "#hi")]
         assert len(batches) == 4
@@ -7409,9 +7446,8 @@ class TestTrouble:
         assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 2}
 
     def test_a_large_synchronous_job_is_written_once_however_long_its_text_takes(self, start, monkeypatch):
-        running, batches, changed = start(), [], threading.Event()
-        commit = running.service.store._commit
-        monkeypatch.setattr(running.service.store, "_commit", lambda batch: (batches.append(batch), commit(batch)))
+        running, changed = start(), threading.Event()
+        batches = observed_batches(running.service.store, monkeypatch)
         monkeypatch.setattr(csp, "HOLD_SECONDS_PER_CHARACTER", 60.0 / 2**21)
 
         @running.service.registry.synchronous
@@ -7851,7 +7887,32 @@ class TestCommandLine:
             path.write_text("" if path.stem == "__init__" else source.format(re.sub(r"\W", "_", job_type)))
         options = [word for argument in arguments for word in ("--jobs", argument)]
         done = run_command(*options, "--run", "nothing", cwd=tmp_path)
-        assert_one_sentence(done, f"({', '.join(job_types)})")
+        assert_one_sentence(done, f"There is no job type nothing; there are: {', '.join(job_types)}.")
+
+    @pytest.mark.parametrize(
+        "text, environ, doubts",
+        [
+            ("PROT = 1\nWORKER = 2\nMY_OWN = 3\nDOWNLOAD_TIMEOUT = 4", {}, ["PROT", "WORKER"]),
+            ("NAME = 'x'", {"CSP_WORKRES": "3", "CSP_SOMETHING_ELSE": "1"}, ["CSP_WORKRES"]),
+            ('{"PORT": 8020}', {}, ["sets nothing"]),
+            ("PORT: 8020", {}, ["sets nothing"]),
+            ("NAME = 'x'\nlower = 1", {"CSP_NAME": "y"}, []),
+        ],
+        ids=["file", "environment", "json", "yaml", "none"],
+    )
+    def test_names_that_are_nearly_settings_are_in_the_log(self, tmp_path, text, environ, doubts):
+        (tmp_path / "settings.py").write_text(text)
+        settings = csp.load_settings(str(tmp_path / "settings.py"), environ)
+        assert len(settings.doubts) == len(doubts)
+        log_file = tmp_path / "log"
+        csp.configure_logging(csp.Settings({"LOG_FILE": str(log_file), "STDERR": False}, settings.doubts))
+        csp.configure_logging(csp.Settings({"STDERR": False}))
+        for doubt in doubts:
+            assert re.search(rf"WARNING .*\b{doubt}\b", log_file.read_text())
+
+    def test_a_module_that_fails_is_named_by_its_own_line(self, command, tmp_path):
+        (tmp_path / "bad.py").write_text("import csp.job as job\n\n@job.asynchronous(retires=3)\ndef x(a, b):\n    pass\n")
+        assert_one_sentence(command("--jobs", "bad"), "retires", "bad.py, line 3")
 
     def test_settings_come_from_file_environment_and_command_line_and_jobs_can_read_them(self, launch, tmp_path):
         (tmp_path / "settings.py").write_text(
@@ -8483,6 +8544,9 @@ class TestService:
             for job, days in zip(jobs, (11, 9, 3, 0)):
                 moment = csp.timestamp(time.time() - days * 86_400)
                 connection.execute("UPDATE jobs SET finished_timestamp = ? WHERE job_id = ?", (moment, job["job_id"]))
+        for wrong in ("day=365", "days=365&keep=1", "Days=365"):
+            answer = client.delete(f"/job?{wrong}", key=ADMIN)
+            assert (answer.status, answer.json["error"][:28]) == (409, "Clearing jobs takes days and")
         assert client.delete("/job", key=ADMIN).json == {"success": True, "deleted": 1}
         assert client.delete("/job?days=5", key=SECURE_KEY).json == {"success": True, "deleted": 1}
         assert client.delete("/job?days=0", key=SECURE_KEY).json == {"success": True, "deleted": 2}
@@ -11120,6 +11184,23 @@ class TestWsgi:
     )
     def test_a_length_that_is_none_is_refused(self, service, environ, status):
         assert self.call(csp.Wsgi(service.service), "POST", "/job", **environ)[0] == status
+
+    def test_a_service_that_cannot_start_answers_503_until_it_can(self, tmp_path, monkeypatch):
+        path = tmp_path / "jobs.db"
+        other = csp.Store(str(path))
+        application = csp.Application()
+        application.config = csp.Config()
+        application.config.load(csp.Settings({**SETTINGS, "SQLALCHEMY_DATABASE_URI": f"sqlite:///{path}"}))
+        monkeypatch.setattr(csp, "configure_logging", lambda settings: None)
+        errors = []
+        monkeypatch.setattr(csp.log, "error", lambda *arguments: errors.append(arguments))
+        for _ in range(3):
+            status, headers, body = self.call(application)
+            assert status == 503 and "cannot be started" in json.loads(body)["error"] and "Retry-After" in headers
+        assert len(errors) == 1 and "in use" in str(errors[0][1])
+        other.close()
+        assert self.call(application)[0] == 200
+        application.service.close(0.0)
 
     def test_chunked_bodies_that_the_server_ends_are_read_to_the_limit(self, start):
         application = csp.Wsgi(start(MAX_BODY_BYTES=2000).service)
