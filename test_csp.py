@@ -2571,6 +2571,15 @@ class TestConsole:
         answer = client.request("POST", "/console/selection", urllib.parse.urlencode(fields[1:]), headers)
         assert answer.status == 302 and len(client.get("/job").json["list"]) == 5
 
+    def test_what_has_been_typed_stays_when_the_api_key_may_not_submit(self, start):
+        client = start(console_registry(), API_KEYS=["the only key that may"]).client
+        assert b'value="console"' not in client.get("/console/submit", key=ADMIN).body
+        form = {"job_type": "echo", "api_key": "another", "data": '{"typed": "with care"}'}
+        headers = {**FORM, "Authorization": ADMIN, "Accept": BROWSER_ACCEPT}
+        answer = client.request("POST", "/console/submit", urllib.parse.urlencode(form), headers)
+        assert answer.status == 403 and b"This api_key may not submit jobs." in answer.body
+        assert b"with care" in answer.body and client.get("/job").json["list"] == []
+
     def test_a_form_of_too_many_fields_is_refused(self, console):
         headers = {**FORM, "Authorization": ADMIN, "Accept": BROWSER_ACCEPT}
         answer = console.client.request("POST", "/console/selection", "action=delete" + "&job_id=x" * 300, headers)
@@ -7706,6 +7715,18 @@ class TestCommandLine:
         job = json.loads(done.stdout.decode("utf-8"))
         assert (job["status"], job["data"]) == ("complete", ">hello")
 
+    def test_the_banner_promises_no_api_key_that_may_not_submit(self, launch):
+        server = launch(DOCUMENTED_MODULE, environ={"CSP_API_KEYS": "the-only-key-that-may"})
+        assert "one of API_KEYS" in server.banner[-1] and "the-only-key" not in "".join(server.banner)
+
+    def test_the_whole_job_that_the_readme_shows_runs(self, launch):
+        (source,) = [block for block in re.findall("```python\n(.*?)```", README, re.DOTALL) if "JobError" in block]
+        client = launch(source).client
+        job = client.finish(client.submit("count", 3))
+        assert (job["status"], job["data"], job["progress"]["message"]) == ("complete", {"counted": 3}, "2 counted")
+        assert messages(job) == ["at 0", "at 1", "at 2"]
+        assert client.finish(client.submit("count", "x"))["error"] == {"message": "data has to be a number"}
+
     def test_a_password_is_made_and_printed_when_none_is_set(self, launch):
         server = launch(DOCUMENTED_MODULE, environ={"CSP_PASSWORD": ""})
         password = re.search(r"user admin, password (\S+)", "".join(server.banner))[1]
@@ -7911,7 +7932,8 @@ class TestCommandLine:
             assert re.search(rf"WARNING .*\b{doubt}\b", log_file.read_text())
 
     def test_a_module_that_fails_is_named_by_its_own_line(self, command, tmp_path):
-        (tmp_path / "bad.py").write_text("import csp.job as job\n\n@job.asynchronous(retires=3)\ndef x(a, b):\n    pass\n")
+        source = "import csp.job as job\n\n@job.asynchronous(retires=3)\ndef x(a, b):\n    pass\n"
+        (tmp_path / "bad.py").write_text(source)
         assert_one_sentence(command("--jobs", "bad"), "retires", "bad.py, line 3")
 
     def test_settings_come_from_file_environment_and_command_line_and_jobs_can_read_them(self, launch, tmp_path):
