@@ -745,7 +745,8 @@ MAX_LOG_MESSAGE = 65_536  # characters; what is longer belongs into the result
 BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeated, doubled each time,
 BACKOFF_JITTER = 1.5  # times up to that
 LONGEST_BACKOFF_SECONDS = BACKOFF_SECONDS[1] * BACKOFF_JITTER
-MAX_UNWRITTEN_LINES = 10_000  # log lines that a job may be ahead of the disk before it has to wait
+MAX_UNWRITTEN_LINES = 10_000  # log lines that a job may be ahead of the disk before it has to wait; a 64th of them
+LONG_MESSAGE = 1_024  # if one has had more characters
 AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of what runs again: before all that waits
 CANCELLED = "cancelled"
 
@@ -1044,6 +1045,7 @@ class JobRun:
         self.old_loggers = frozenset() if _MADE_ID.fullmatch(job_id) else frozenset(_loggers_named_by(job_id))
         self.handlers: List[StoringHandler] = []
         self.lines: Deque[LogLine] = deque()  # not yet on disk; only the store's writer removes
+        self.most_lines = MAX_UNWRITTEN_LINES
         self.line_count = 0
         self.stored: Optional[List[LogLine]] = None  # lines on disk that are kept for an answer, if any are
         self.progress: Optional[str] = None
@@ -1066,9 +1068,11 @@ class JobRun:
         """Add to the job's log; wait for the disk if the job is too far ahead of it."""
         if self.ended:
             return
+        if len(line.message) > LONG_MESSAGE:
+            self.most_lines, self.stored = MAX_UNWRITTEN_LINES // 64, None
         self.lines.append(line)
         self.line_count += 1
-        if len(self.lines) >= MAX_UNWRITTEN_LINES:
+        if len(self.lines) >= self.most_lines:
             self._written(self, True)
         elif not self.is_announced:
             self.is_announced = True
@@ -1076,10 +1080,11 @@ class JobRun:
 
     def note_stored(self, lines: List[LogLine]) -> None:
         """Keep lines that are on disk now for the answer, if that is wanted and they are not too many."""
+        stored = self.stored
         if self.line_count > MAX_UNWRITTEN_LINES:
             self.stored = None
-        elif self.stored is not None:
-            self.stored.extend(lines)
+        elif stored is not None:
+            stored.extend(lines)
 
     def add_message(self, level: str, message: str) -> None:
         """Add a line of the service's own to the job's log."""
@@ -3012,7 +3017,7 @@ class Reporter:
         self._wanted.set()
         if must_wait and self._url is not None:
             with self._lock:
-                self._lock.wait_for(lambda: len(run.lines) < MAX_UNWRITTEN_LINES or self._failures > 0,
+                self._lock.wait_for(lambda: len(run.lines) < run.most_lines or self._failures > 0,
                                     REPORT_TIMEOUT_SECONDS)
 
     def wake(self) -> None:

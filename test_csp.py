@@ -11315,6 +11315,31 @@ class TestOldNames:
         csp.configure_logging(csp.Settings({"STDERR": False}))
 
     @linux_only
+    @pytest.mark.parametrize("kind", ["synchronous", "asynchronous"])
+    def test_long_lines_are_not_collected_in_memory(self, launch, kind):
+        server = launch(
+            f"""
+            import logging
+            import csp.job as job, csp.util as util
+
+            @job.{kind}
+            def talk(task_id, input):
+                logger = logging.getLogger(task_id)
+                logger.addHandler(util.StoringHandler(task_id, input))
+                with open("/proc/self/status") as file:
+                    before = file.read()
+                for number in range(2000):
+                    logger.warning("%d" + "x" * 60_000, number)
+                with open("/proc/self/status") as file:
+                    return [before, file.read()]
+            """
+        )
+        headers = {"Content-Type": "application/json", **({"Prefer": "wait=60"} if kind == "asynchronous" else {})}
+        job = server.client.request("POST", "/job", json.dumps({"job_type": "talk", "api_key": "k"}), headers).json
+        before, after = [int(re.search(r"VmHWM:\s+(\d+)", text)[1]) for text in job["data"]]
+        assert after - before < 60_000 and [line["message"][:4] for line in job["logs"][1000:1002]] == ["1000", "1001"]
+
+    @linux_only
     def test_a_large_job_leaves_no_memory_behind_and_is_held_five_times_at_most(self, launch):
         server = launch(ECHO_MODULE, environ={"CSP_MAX_BODY_BYTES": "100000000"})
         client = server.client
