@@ -802,10 +802,9 @@ class Job(NamedTuple):
         return RUNNING if self.run_at is None else QUEUED
 
     @property
-    def large_values(self) -> Dict[str, Union[str, bytes]]:
-        """Those of ``sent_data`` and ``data``, by name, that are not to be copied more than need be."""
-        values = {"sent_data": self.sent_data, "data": self.data}
-        return {name: value for name, value in values.items() if value is not None and len(value) >= LARGE_CHARACTERS}
+    def values(self) -> Tuple[Tuple[str, Union[str, bytes, None]], ...]:
+        """What may be large, with its name."""
+        return ("sent_data", self.sent_data), ("data", self.data)
 
     @property
     def is_suspect(self) -> bool:
@@ -1152,7 +1151,8 @@ class StoringHandler(logging.Handler):
         run = self.run
         if run is None or run.ended or record.name in _OWN_LOGGERS:
             return
-        if _current_run.get() is not run and not self._is_from_thread(record):
+        current = _current_run.get()
+        if current is not run and (current is not None or self._is_shared(record)):
             return
         try:
             is_plain = not (self.formatter or record.exc_info or record.exc_text or record.stack_info)
@@ -1163,15 +1163,14 @@ class StoringHandler(logging.Handler):
         run.add_line(LogLine(timestamp(record.created), clean(message), _clean_name(str(record.levelname)),
                              _clean_name(str(record.module)), _clean_name(str(record.funcName)), lineno))
 
-    def _is_from_thread(self, record: logging.LogRecord) -> bool:
-        if _current_run.get() is not None:
-            return False
+    def _is_shared(self, record: logging.LogRecord) -> bool:
+        """Whether other jobs have handlers where it was logged, so that it may be theirs."""
         logger: Optional[logging.Logger] = logging.getLogger(record.name)
         while logger is not None:
             if any(isinstance(other, StoringHandler) and other.run is not self.run for other in logger.handlers):
-                return False
+                return True
             logger = logger.parent if logger.propagate else None
-        return True
+        return False
 
 
 _random_digits: List[str] = []  # of 64 each, in advance: asking the system hands the interpreter lock over
@@ -1323,6 +1322,7 @@ _SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
 _SELECT_RESULT = re.sub(r"\bsent_data\b", "NULL", _SELECT_JOB)
 _APART = ""  # stands, as no JSON does, in a column of a row whose value is in the table ``large``
 _SELECT_LARGE = "SELECT value FROM large WHERE seq = ? AND name = ?"
+# (what could be replaced is only what somebody else's hand has left)
 _INSERT_LARGE = "INSERT OR REPLACE INTO large (seq, name, value) VALUES (?, ?, ?)"
 _FINISH_JOB = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
     callback_status = ?, callback_at = ?, api_key = ?, run_at = NULL
@@ -1357,6 +1357,7 @@ class Transaction:
         self.touched: Set[str] = set()
         self._jobs: List[Job] = []  # to be inserted with the next statement at the latest
         self.inserted = 0  # how many of them have been
+        self.promised = 0  # how many there have been in all
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         """Execute a statement."""
@@ -1371,13 +1372,17 @@ class Transaction:
         self._connection.executemany(statement, rows)
 
     def forget_values(self, statement: str) -> None:
-        """Free the large values of a statement: SQLite keeps them until it has others, so it gets some that fail."""
+        """Free the large values of a statement: SQLite keeps them until it has others, so it gets some that fail.
+
+        NULL does, for a column that must not be NULL and as a LIMIT.
+        """
         with suppress(sqlite3.IntegrityError):
             self._connection.execute(statement, (None,) * statement.count("?"))
 
     def insert_soon(self, job: Job) -> None:
         """Insert the row of a job whose id nobody else can have, together with others."""
         self._jobs.append(job)
+        self.promised += 1
 
     def insert_jobs(self) -> None:
         """Insert what is to be inserted soon: each statement hands the interpreter's lock over, whatever its rows.
@@ -1589,7 +1594,7 @@ class Store:
     @staticmethod
     def _run_operation(connection: sqlite3.Connection, transaction: Transaction, write: Write) -> None:
         """Run one operation. Its own mistake is its caller's alone; the disk's is everybody's, and raised."""
-        before = connection.total_changes - transaction.inserted
+        before = (connection.total_changes - transaction.inserted, transaction.promised)
         undone, announced = len(transaction.on_rollback), len(transaction.on_commit)
         write.error = None
         try:
@@ -1597,7 +1602,7 @@ class Store:
         except Exception as error:  # noqa: BLE001 - the worker loop: the other callers wait, whatever it is
             if type(error) in (*_DISK_ERRORS, _Spoiled):
                 raise
-            is_changed = connection.total_changes - transaction.inserted != before
+            is_changed = (connection.total_changes - transaction.inserted, transaction.promised) != before
             if is_changed and not transaction.is_alone:
                 raise _Spoiled from error
             for undo in reversed(transaction.on_rollback[undone:]):
@@ -1825,7 +1830,7 @@ class Store:
         def operation(transaction: Transaction) -> Claim:
             rows = transaction.execute(
                 _SELECT_JOB + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?", (limit + 1,))
-            waiting = _make_jobs(rows, transaction.execute)
+            waiting = _make_jobs(rows, transaction.execute, is_current=True)
             is_suspect = bool(waiting) and waiting[0].is_suspect
             due = list(itertools.takewhile(is_due, waiting[:limit]))
             if is_suspect and is_calm():
@@ -1989,9 +1994,7 @@ class Store:
 
 def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as: str = "") -> None:
     """Insert the job with its metadata; raise Conflict if its id is taken."""
-    large = job.large_values
-    hints: Dict[str, Any] = dict.fromkeys(large, _APART)
-    row = job._replace(**hints) if large else job
+    row, large = _set_apart(job)
     if is_new_id and not transaction.is_alone:
         transaction.insert_soon(row)
     else:
@@ -2009,27 +2012,36 @@ def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as:
 
 def _finish_job(transaction: Transaction, job: Job, old_state: str) -> bool:
     """Write how the job ended; return False if it was not in that state (and attempt) any more."""
-    large = {name: value for name, value in job.large_values.items() if name == "data"}
+    row, large = _set_apart(job)
+    large.pop("sent_data", None)  # has been since the submission
     count = transaction.execute(_FINISH_JOB[old_state], (
-        job.status, _APART if large else job.data, job.error, job.finished_timestamp, job.progress, job.callback_status,
-        job.callback_at, job.api_key, job.seq, job.attempts)).rowcount
+        row.status, row.data, row.error, row.finished_timestamp, row.progress, row.callback_status, row.callback_at,
+        row.api_key, row.seq, row.attempts)).rowcount
     if count:
         _insert_large(transaction, job.seq, large)
     return count > 0
 
 
-def _make_jobs(rows: Iterable[Sequence[Any]], read: Callable[[str, Sequence[Any]], Iterable[Any]]) -> List[Job]:
+def _set_apart(job: Job) -> Tuple[Job, Dict[str, Union[str, bytes]]]:
+    """Return the job as its row has it, and by name the large values that have rows of their own."""
+    large = {name: value for name, value in job.values if value is not None and len(value) >= LARGE_CHARACTERS}
+    hints: Dict[str, Any] = dict.fromkeys(large, _APART)
+    return job._replace(**hints) if large else job, large
+
+
+def _make_jobs(rows: Iterable[Sequence[Any]], read: Callable[[str, Sequence[Any]], Iterable[Any]],
+               is_current: bool = False) -> List[Job]:
     """Return the jobs of the rows, but for those deleted meanwhile; ``read`` gives the rows of a statement.
 
-    What is not in the row of a job is read by itself, one after the other, so that there is no more than one copy.
+    Large values are read by themselves, one after the other, so that there is no more than one copy. What is missing
+    though nothing can have been deleted (``is_current``) is damage: that job fails when it reads its input.
     """
     jobs = []
     for job in map(Job._make, rows):
-        apart = [name for name, value in (("sent_data", job.sent_data), ("data", job.data))
-                 if isinstance(value, str) and value == _APART]
+        apart = [name for name, value in job.values if isinstance(value, str) and value == _APART]
         found: Dict[str, Any] = {name: value for name in apart for value, in read(_SELECT_LARGE, (job.seq, name))}
-        if len(found) == len(apart):
-            jobs.append(job._replace(**found) if apart else job)
+        if is_current or len(found) == len(apart):
+            jobs.append(job._replace(**found) if found else job)
     return jobs
 
 
@@ -3648,6 +3660,7 @@ class Runner:
         self._to_stop: Set[int] = set()  # told to stop between being claimed and being begun
         self._unrecorded: List[Callable[[], Any]] = []  # what the disk could not take, to be called again
         self._held: Dict[int, Tuple[Job, JobRun]] = {}  # synchronous jobs of which nothing is stored yet, by seq
+        self._held_before: Dict[int, Write] = {}  # those on their way to the disk, which may not take them
         self._held_lock = threading.Lock()  # taken to put them into the store's queue in the right order
         self._has_held = threading.Event()
         self.may_adjust_switching = False  # the interval is the whole process's
@@ -3739,6 +3752,7 @@ class Runner:
                 self._store_held(job.seq, must_wait=True)
         except BaseException:
             self._held.pop(job.seq, None)
+            self._held_before.pop(job.seq, None)
             self._forget(run)
             raise
         if callable(outcome):
@@ -3750,6 +3764,8 @@ class Runner:
         with self._held_lock:
             job, run = self._held.pop(seq, (None, None))
             write = self._store.add_job(job, lambda: None, is_new_id=True) if job is not None else None
+            if write is not None:
+                self._held_before[seq] = write
             if run is not None and run.lines:
                 self._store.add_run_output(run)
         if write is not None and must_wait:
@@ -4039,6 +4055,12 @@ class Runner:
                                time.monotonic() - run.started)
         with self._held_lock:
             is_new = self._held.pop(job.seq, None) is not None
+            stored = self._held_before.pop(job.seq, None)
+        if stored is not None:
+            try:
+                stored.wait()
+            except Exception:  # noqa: BLE001 - whatever it was: it is not on disk, and has its own way to end
+                is_new = True
         try:
             return self._record(functools.partial(self._record_outcome, job, outcome, run, is_new))
         finally:
@@ -5596,7 +5618,7 @@ def _result(job: Job, path: str) -> Html:
         return Html("<p>None.</p>" if job.status == ERROR else "<p>Not yet.</p>")
     data = Response.data(job)
     kind = data.content_type.partition(";")[0].strip().lower()
-    body = data.body if isinstance(data.body, bytes) else b""
+    body = data.body if isinstance(data.body, bytes) else b"".join(data.body)
     link = render('<p><a href="$path/data">$kind, $size bytes</a></p>', path=path, kind=kind, size=f"{len(body):,}")
     if re.fullmatch("image/(?:png|jpeg|gif|webp)", kind):
         return render('$link<img class="result" src="$path/data" alt="The result">', link=link, path=path)

@@ -2591,6 +2591,25 @@ class TestConsole:
         )
         assert answer.status == 403 and b'href="/login?next=/job"' in answer.body
 
+    @pytest.mark.parametrize(
+        "value, metadata, shown",
+        [
+            ("x" * csp.LARGE_CHARACTERS, {}, b"xxxxxxxxxx</pre>"),
+            ("\u00e4" * csp.LARGE_CHARACTERS, {}, "2,097,152 bytes".encode()),
+            ([["y" * csp.LARGE_CHARACTERS]], {}, b"[[&quot;yyyy"),
+            ("a,b\n" + "1,2\n" * (csp.LARGE_CHARACTERS // 4), {"mimetype": "text/csv"}, b"<td>2</td>"),
+        ],
+        ids=["text", "more than ASCII", "JSON", "CSV"],
+    )
+    def test_a_large_result_is_shown_like_a_small_one(self, console, value, metadata, shown):
+        @console.registry.synchronous
+        def give_back(task_id, input):
+            return input["data"]
+
+        job = console.client.submit("give_back", value, metadata=metadata)
+        page = page_of(console.client, f"/job/{job['job_id']}")
+        assert page.status == 200 and shown in page.body and len(page.body) < csp.LARGE_CHARACTERS // 2
+
     def test_what_is_nested_as_deep_as_python_goes_is_shown(self, console):
         @console.registry.synchronous
         def nest(task_id, input):
@@ -3610,6 +3629,48 @@ class TestStore:
         for job in jobs:
             assert again.client.delete(f"/job/{job['job_id']}", key=job["job_key"]).status == 200
         assert rows_of(first.path, "SELECT count(*) FROM large") == [(0,)]
+
+    @pytest.mark.parametrize("place", ["_insert_large", "_metadata_rows"])
+    def test_a_job_is_stored_as_a_whole_or_not_at_all(self, store, monkeypatch, place):
+        work = getattr(csp, place)
+
+        def fail(*arguments):
+            if any(getattr(argument, "job_id", None) == "3" or argument == bad.seq for argument in arguments):
+                raise MemoryError
+            return work(*arguments)
+
+        text = csp.to_json("x" * csp.LARGE_CHARACTERS)
+        jobs = [make_job(store, str(number), sent_data=text, metadata='{"a": 1}') for number in range(6)]
+        bad = jobs[3]
+        monkeypatch.setattr(csp, place, fail)
+        connection = store._writers.get()  # so that they wait, and go in one transaction
+        writes = [store.add_job(job, lambda: None, is_new_id=True) for job in jobs]
+        store._writers.put(connection)
+        for job, write in zip(jobs, writes):
+            if job is bad:
+                with pytest.raises(MemoryError):
+                    write.wait()
+                assert store.get_job(job.job_id) is None
+            else:
+                write.wait()
+                assert store.get_job(job.job_id).sent_data == text
+        assert store.count_jobs()["pending"] == 5 and len(store.list_jobs(10)) == 5
+        assert len(store.claim_jobs(10, time.time(), lambda: True).jobs) == 5
+
+    def test_a_queued_job_without_its_input_ends_and_blocks_no_other(self, start, gate):
+        @gate.registry.asynchronous
+        def work(task_id, input):
+            assert gate.open.wait(PATIENCE_SECONDS)
+            return input["data"]
+
+        running = start(gate.registry, WORKERS=1)
+        jobs = [running.client.submit("work", data) for data in ("first", "x" * csp.LARGE_CHARACTERS, "last")]
+        rows_of(running.path, "DELETE FROM large")
+        gate.open.set()
+        assert [running.client.finish(job)["data"] for job in (jobs[0], jobs[2])] == ["first", "last"]
+        assert eventually(
+            lambda: running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 1}
+        )
 
     def test_a_large_job_that_is_deleted_while_it_is_read_is_gone(self, store, monkeypatch):
         add_job(store, "a", sent_data=csp.to_json("x" * csp.LARGE_CHARACTERS))
@@ -7466,6 +7527,27 @@ class TestTrouble:
 
         assert running.client.submit("slow", "x" * 2**21)["data"] == 2**21 and len(batches) == 1
         assert running.client.submit("slow", "x")["data"] == 1 and len(batches) == 3
+
+    def test_a_synchronous_job_that_the_disk_did_not_take_while_it_ran_is_stored_at_its_end(self, start, monkeypatch):
+        running, failed = start(), threading.Event()
+        run_transaction = running.service.store._run_transaction
+
+        def fail_once(batch):
+            if not failed.is_set() and any("add_job" in write.operation.__qualname__ for write in batch):
+                failed.set()
+                raise sqlite3.OperationalError("database is locked")
+            return run_transaction(batch)
+
+        monkeypatch.setattr(running.service.store, "_run_transaction", fail_once)
+
+        @running.service.registry.synchronous
+        def slow(task_id, input):
+            assert failed.wait(PATIENCE_SECONDS)
+            return "done"
+
+        job = running.client.submit("slow")
+        assert (job["status"], job["data"]) == ("complete", "done") and running.client.show(job)["data"] == "done"
+        assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 1, "error": 0}
 
     def test_a_synchronous_job_that_takes_longer_is_shown_with_its_log_while_it_runs(self, start):
         registry, go = csp.Registry(), threading.Event()
