@@ -15,6 +15,7 @@ import functools
 import http.client
 import itertools
 import json
+import math
 import os
 import platform
 import py_compile
@@ -299,8 +300,8 @@ CLOSE = ("Connection", "close")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which that share of the values is."""
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else float("nan")
+    """Return the least value that no less than that share of the values reaches (nearest rank)."""
+    return sorted(values)[max(0, math.ceil(len(values) * share) - 1)] if values else float("nan")
 
 
 def load(port: int, request: Request, connections: int, seconds: float, place: Path) -> Load:
