@@ -3639,7 +3639,7 @@ class TestStore:
                 raise MemoryError
             return work(*arguments)
 
-        text = csp.to_json("x" * csp.LARGE_CHARACTERS)
+        text = csp.to_json("x" * (csp.LARGE_CHARACTERS if place == "_insert_large" else 1))
         jobs = [make_job(store, str(number), sent_data=text, metadata='{"a": 1}') for number in range(6)]
         bad = jobs[3]
         monkeypatch.setattr(csp, place, fail)
