@@ -802,7 +802,7 @@ class Job(NamedTuple):
         return RUNNING if self.run_at is None else QUEUED
 
     @property
-    def values(self) -> Tuple[Tuple[str, Union[str, bytes, None]], ...]:
+    def payload(self) -> Tuple[Tuple[str, Union[str, bytes, None]], ...]:
         """What may be large, with its name."""
         return ("sent_data", self.sent_data), ("data", self.data)
 
@@ -2024,7 +2024,7 @@ def _finish_job(transaction: Transaction, job: Job, old_state: str) -> bool:
 
 def _set_apart(job: Job) -> Tuple[Job, Dict[str, Union[str, bytes]]]:
     """Return the job as its row has it, and by name the large values that have rows of their own."""
-    large = {name: value for name, value in job.values if value is not None and len(value) >= LARGE_CHARACTERS}
+    large = {name: value for name, value in job.payload if value is not None and len(value) >= LARGE_CHARACTERS}
     hints: Dict[str, Any] = dict.fromkeys(large, _APART)
     return job._replace(**hints) if large else job, large
 
@@ -2038,7 +2038,7 @@ def _make_jobs(rows: Iterable[Sequence[Any]], read: Callable[[str, Sequence[Any]
     """
     jobs = []
     for job in map(Job._make, rows):
-        apart = [name for name, value in job.values if isinstance(value, str) and value == _APART]
+        apart = [name for name, value in job.payload if isinstance(value, str) and value == _APART]
         found: Dict[str, Any] = {name: value for name in apart for value, in read(_SELECT_LARGE, (job.seq, name))}
         if is_current or len(found) == len(apart):
             jobs.append(job._replace(**found) if found else job)
@@ -2932,7 +2932,8 @@ def load_module(name: str) -> types.ModuleType:
     except SyntaxError as error:
         raise StartError(f"The module {name} has a syntax error: {error}.") from None
     except Exception as error:
-        *_, line = (line for line in traceback.extract_tb(error.__traceback__) if line.filename != __file__)
+        lines = traceback.extract_tb(error.__traceback__)
+        line = next((line for line in reversed(lines) if line.filename != __file__), lines[-1])  # the module's own
         raise StartError(f"The module {name} fails: {type(error).__name__}: {_safe_text(error)} "
                          f"({line.filename}, line {line.lineno}).") from error
 

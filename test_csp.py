@@ -8013,6 +8013,12 @@ class TestCommandLine:
         for doubt in doubts:
             assert re.search(rf"WARNING .*\b{doubt}\b", log_file.read_text())
 
+    def test_a_module_under_whose_name_is_something_odd_is_refused_in_a_sentence(self, tmp_path, monkeypatch):
+        (tmp_path / "odd_jobs.py").write_text("")
+        monkeypatch.setitem(sys.modules, "odd_jobs", object())
+        with pytest.raises(csp.StartError, match="odd_jobs.py fails: AttributeError: .*line"):
+            csp.load_module(str(tmp_path / "odd_jobs.py"))
+
     def test_a_module_that_fails_is_named_by_its_own_line(self, command, tmp_path):
         source = "import csp.job as job\n\n@job.asynchronous(retires=3)\ndef x(a, b):\n    pass\n"
         (tmp_path / "bad.py").write_text(source)
