@@ -5442,8 +5442,8 @@ def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
 
 
 def _snippets(name: str, view: Overview) -> Html:
-    body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
     import shlex
+    body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
     curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {shlex.quote(view.url)}"
     return render(_SNIPPETS, name=name, curl=curl, python=_PYTHON.format(body=body, url=view.url))
 
@@ -7633,7 +7633,7 @@ def wsgi_app(*jobs: str) -> Application:
     sys.path.insert(0, os.getcwd())
     for name in jobs:
         load_module(name)
-    assert len(_application.config) > 0, "loaded now, not with the first request"
+    _application.config.get("NAME")  # loads the settings, whose mistakes are not to wait for the first request
     return _application
 
 

@@ -11295,6 +11295,12 @@ class TestWsgi:
     def test_a_length_that_is_none_is_refused(self, service, environ, status):
         assert self.call(csp.Wsgi(service.service), "POST", "/job", **environ)[0] == status
 
+    @pytest.mark.parametrize("options", [[], ["-O"]], ids=["as it is", "without assertions"])
+    def test_wrong_settings_are_refused_before_the_first_request(self, tmp_path, options):
+        program = [*options, "-c", "import csp; csp.wsgi_app()"]
+        done = run_command(program=program, cwd=tmp_path, environ={"PYTHONPATH": str(HERE), "JOB_CONFIG": "nope.py"})
+        assert done.returncode == 1 and "StartError: The settings file nope.py cannot be read" in done.stderr
+
     def test_a_service_that_cannot_start_answers_503_until_it_can(self, tmp_path, monkeypatch):
         path = tmp_path / "jobs.db"
         other = csp.Store(str(path))
