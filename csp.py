@@ -26,12 +26,14 @@ The file reads from top to bottom; each part uses only what stands above it:
 from __future__ import annotations
 
 # What few starts need is imported where it is used: csv, getpass, hashlib, hmac, importlib.util, inspect,
-# logging.handlers, multiprocessing, pickle, shlex, subprocess and urllib.request.
+# logging.handlers, multiprocessing, pickle, shlex, subprocess and urllib.request. Patterns that few need are texts:
+# re compiles them when they are used first, and keeps them.
 import argparse
 import atexit
 import base64
 import binascii
 import bisect
+import collections.abc
 import contextvars
 import email.utils
 import functools
@@ -61,45 +63,63 @@ import traceback
 import types
 import urllib.parse
 import weakref
-from collections import deque
+from collections import deque, namedtuple
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import ThreadingHTTPServer
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Callable,
-    Deque,
-    Dict,
-    FrozenSet,
-    Iterable,
-    Iterator,
-    List,
-    Mapping,
-    NamedTuple,
-    NoReturn,
-    Optional,
-    Sequence,
-    Set,
-    TextIO,
-    Tuple,
-    Type,
-    TypeVar,
-    Union,
-)
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # no start imports typing: that and its NamedTuple take a twentieth of the time
     from multiprocessing.connection import Connection
+    from typing import (
+        Any,
+        Callable,
+        Deque,
+        Dict,
+        FrozenSet,
+        Iterable,
+        Iterator,
+        List,
+        Mapping,
+        NamedTuple,
+        NoReturn,
+        Optional,
+        Sequence,
+        Set,
+        TextIO,
+        Tuple,
+        Type,
+        TypeVar,
+        Union,
+    )
+
+    T = TypeVar("T")
+    Function = TypeVar("Function", bound=Callable[..., Any])
+    Values = Mapping[str, Any]
+    Labels = Tuple[Tuple[str, str], ...]
+    Schema = Dict[str, Any]
+    Location = Dict[str, Optional[str]]  # of a function: its module, file and name
+else:
+    Values = collections.abc.Mapping
+
+    class _NamedTupleType(type):
+        """Makes of a class what typing.NamedTuple makes of it, without a look at its annotations."""
+
+        def __new__(mcs, name, bases, body):
+            fields = body["__annotations__"]
+            made = namedtuple(name, fields, defaults=[body.pop(field) for field in fields if field in body])
+            for key, value in body.items():
+                setattr(made, key, value)
+            return made
+
+    NamedTuple = type.__new__(_NamedTupleType, "NamedTuple", (), {})
 
 __version__ = "1.0.0"
 __all__ = [
     "CspError", "JobCancelled", "JobError", "Registry", "Server", "Service", "Settings", "StartError", "Store",
     "StoringHandler", "load_settings", "job", "main", "util", "web", "wsgi_app",
 ]
-
-T = TypeVar("T")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 log = logging.getLogger("csp")
 access_log = logging.getLogger("csp.access")
@@ -250,10 +270,10 @@ class JobCancelled(BaseException):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_JSON_DEPTH = 100  # real submissions nest under ten deep; far below the interpreter's recursion limit of 1,000
-_JSON_STRING = re.compile(rb'"[^"]*(?:"|\Z)')  # in a text without escapes
-_TOO_DEEP = re.compile(rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1))  # seen at once; the rest takes a pass for each level
+_JSON_STRING = rb'"[^"]*(?:"|\Z)'  # in a text without escapes
+_TOO_DEEP = rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1)  # seen at once; the rest takes a pass for each level
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE_ESCAPE = r"\\u[dD][89a-fA-F]"
 _quote = json.encoder.encode_basestring  # a string as JSON text, many times faster than an encoder
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
 
@@ -293,8 +313,8 @@ def _check_depth(body: bytes) -> None:
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return
     without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = _JSON_STRING.sub(b"", without_escapes).translate(None, _NOT_BRACKETS)
-    if _TOO_DEEP.search(brackets):
+    brackets = re.sub(_JSON_STRING, b"", without_escapes).translate(None, _NOT_BRACKETS)
+    if re.search(_TOO_DEEP, brackets):
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
     for _ in range(MAX_JSON_DEPTH):
         inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
@@ -313,7 +333,7 @@ def from_json(body: bytes) -> Any:
         value = _decode_json(text)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    if _SURROGATE_ESCAPE.search(text):
+    if re.search(_SURROGATE_ESCAPE, text):
         to_json(value)
     return value
 
@@ -544,7 +564,7 @@ SETTINGS = (
 )
 
 
-class Settings(Mapping[str, Any]):
+class Settings(Values):
     """The settings, read-only, by upper-case name; unknown upper-case names of a settings file are kept too."""
 
     def __init__(self, values: Optional[Mapping[str, Any]] = None, doubts: Sequence[str] = ()) -> None:
@@ -614,7 +634,7 @@ def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str
     return Settings(values, doubts)
 
 
-class Config(Mapping[str, Any]):
+class Config(Values):
     """The settings in force, as ``web.app.config``; loaded when first looked at."""
 
     def __init__(self) -> None:
@@ -655,8 +675,6 @@ config = Config()  # this process's
 
 JOB_BUCKETS = (0.01, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 1800.0, 7200.0)  # seconds: from an echo to a large import
 REQUEST_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
-
-Labels = Tuple[Tuple[str, str], ...]
 
 
 class Metric:
@@ -1041,7 +1059,7 @@ class JobRun:
         self.started = time.monotonic()
         self.cancelled = threading.Event()
         self.ended = False
-        self.old_loggers = frozenset() if _MADE_ID.fullmatch(job_id) else frozenset(_loggers_named_by(job_id))
+        self.old_loggers = frozenset() if re.fullmatch(_MADE_ID, job_id) else frozenset(_loggers_named_by(job_id))
         self.handlers: List[StoringHandler] = []
         self.lines: Deque[LogLine] = deque()  # not yet on disk; only the store's writer removes
         self.most_lines = MAX_UNWRITTEN_LINES
@@ -1187,7 +1205,7 @@ def make_ids() -> Tuple[str, str]:
     return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}", digits[32:])
 
 
-_MADE_ID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # ours: no logger can have had that name before
+_MADE_ID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # ours: no logger can have had that name before
 
 
 def _loggers_named_by(job_id: str) -> List[str]:
@@ -1317,9 +1335,9 @@ _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "stat
 _INSERT_JOB = f"INSERT INTO jobs ({_JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
 _JOB_ROWS = (32, 24, 16, 12, 8, 6, 4, 3, 2, 1)  # for each statement: fewer values than SQLite's oldest limit of 999
 _INSERT_JOBS = {count: _INSERT_JOB + f", ({', '.join('?' * len(Job._fields))})" * (count - 1) for count in _JOB_ROWS}
-_SELECT_JOB = f"SELECT {_JOB_COLUMNS} FROM jobs "
-_SELECT_LIGHT = re.sub(r"\b(sent_data|data)\b", "NULL", _SELECT_JOB)
-_SELECT_RESULT = re.sub(r"\bsent_data\b", "NULL", _SELECT_JOB)
+_SELECT_JOB, _SELECT_RESULT, _SELECT_LIGHT = (
+    f"SELECT {', '.join('NULL' if name in left_out else name for name in Job._fields)} FROM jobs "
+    for left_out in ((), ("sent_data",), ("sent_data", "data")))
 _APART = ""  # stands, as no JSON does, in a column of a row whose value is in the table ``large``
 _SELECT_LARGE = "SELECT value FROM large WHERE seq = ? AND name = ?"
 # (what could be replaced is only what somebody else's hand has left)
@@ -2286,8 +2304,8 @@ MAX_CALLBACK_ANSWER_BYTES = 4096  # enough for an error text
 MAX_RETRY_AFTER_SECONDS = 36_000.0
 LONGEST_RETRY_SECONDS = 1.1 * RETRY_SECONDS[-1]  # with its jitter
 
-_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_HEADER_VALUE = re.compile(r"[\x20-\x7e\xa0-\xff]*")
+_HEADER_NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_HEADER_VALUE = r"[\x20-\x7e\xa0-\xff]*"
 _RESERVED_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection"))
 
 
@@ -2295,7 +2313,8 @@ def callback_header(api_key: Union[str, int, float]) -> Tuple[str, str]:
     """Return name and value of the header that carries the api_key; raise Conflict if that is no legal header."""
     name, colon, value = str(api_key).partition(":")
     name, value = (name.strip(), value.strip()) if colon else ("Authorization", name.strip())
-    if not _HEADER_NAME.fullmatch(name) or name.lower() in _RESERVED_HEADERS or not _HEADER_VALUE.fullmatch(value):
+    is_legal = re.fullmatch(_HEADER_NAME, name) and re.fullmatch(_HEADER_VALUE, value)
+    if not is_legal or name.lower() in _RESERVED_HEADERS:
         raise Conflict("api_key cannot be sent as a header: it has to be a value for Authorization, "
                        "or a header's name and value with a colon between")
     return name, value
@@ -2835,9 +2854,6 @@ def import_name(module: types.ModuleType) -> str:
 
 def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
-
-
-Location = Dict[str, Optional[str]]  # of a function: its module, file and name
 
 
 def locate(function: Callable[..., Any]) -> Location:
@@ -4245,13 +4261,12 @@ SECURITY_HEADERS = (
 )
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
-_MEDIA_TYPE = re.compile(r"[!#$&^_.+\-0-9A-Za-z]{1,127}/[!#$&^_.+\-0-9A-Za-z]{1,127}"
-                         r"(?: *; *[!#$&^_.+\-0-9A-Za-z]+="
-                         r"(?:[!#$&^_.+\-0-9A-Za-z]+|\"[\x20\x21\x23-\x5b\x5d-\x7e]*\"))*",
-                         re.ASCII)
-_INERT_TYPE = re.compile(r"(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gif|webp)|audio/[^;]+|video/[^;]+)"
-                         r"(?:;.*|\Z)", re.IGNORECASE)
-_LOCAL_PATH = re.compile(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*")
+_MEDIA_TYPE = (r"[!#$&^_.+\-0-9A-Za-z]{1,127}/[!#$&^_.+\-0-9A-Za-z]{1,127}"
+               r"(?: *; *[!#$&^_.+\-0-9A-Za-z]+="
+               r"(?:[!#$&^_.+\-0-9A-Za-z]+|\"[\x20\x21\x23-\x5b\x5d-\x7e]*\"))*")
+_INERT_TYPE = (r"(?i)(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gif|webp)|audio/[^;]+|video/[^;]+)"
+               r"(?:;.*|\Z)")
+_LOCAL_PATH = r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*"
 
 
 class Request:
@@ -4379,10 +4394,10 @@ class Response:
         """Return a finished job's raw result, harmless to a browser whatever the job says that it is."""
         wanted = json.loads(job.metadata or "{}").get("mimetype")
         body, kind = _raw_result(job.data)
-        if isinstance(wanted, str) and _MEDIA_TYPE.fullmatch(wanted):
+        if isinstance(wanted, str) and re.fullmatch(_MEDIA_TYPE, wanted):
             kind = wanted
         headers = [("Content-Security-Policy", SANDBOX)]
-        if not _INERT_TYPE.match(kind):
+        if not re.match(_INERT_TYPE, kind):
             headers.append(("Content-Disposition", "attachment"))
         return cls(200, body, kind, headers)
 
@@ -4756,7 +4771,7 @@ def key_cookie(request: Request, path: str, job_key: str) -> Tuple[str, str]:
 
 def local_path(path: Optional[str], default: str = "/user") -> str:
     """Return ``path`` if it is a path of this service and can be nothing else to a browser, else ``default``."""
-    return path if path and _LOCAL_PATH.fullmatch(path) else default
+    return path if path and re.fullmatch(_LOCAL_PATH, path) else default
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4765,8 +4780,6 @@ def local_path(path: Optional[str], default: str = "/user") -> str:
 # OpenAPI 3.1 (spec.openapis.org/oas/v3.1), made from the table of routes and the endpoints' docstrings. Schemas are
 # JSON Schema 2020-12; what is said once about a field, a parameter or a refusal is said here.
 # ---------------------------------------------------------------------------------------------------------------------
-
-Schema = Dict[str, Any]
 
 
 def _object(required: str, **properties: Schema) -> Schema:
@@ -5705,8 +5718,8 @@ ASSET_HEADERS = (("Cache-Control", "public, max-age=31536000, immutable"),)  # t
 MAX_EVENT_LINES = 500  # log lines read at a time
 STREAM_HEADERS = (("X-Accel-Buffering", "no"),)  # nginx would hold events back
 SUBMIT_KEYS = frozenset(("job_type", "api_key", "data", "result_url", "metadata"))
-_TIMESTAMP = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}")
-_BAD_ID = re.compile(r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_TIMESTAMP = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}"
+_BAD_ID = r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 
 
 _STATUS_LABELS = {status: ("status", str(status)) for status in map(int, http.HTTPStatus)}
@@ -5818,7 +5831,7 @@ def _is_number(value: Any) -> bool:
 def _is_line(value: Any) -> bool:
     return (isinstance(value, dict) and set(value) == set(LogLine._fields) and _is_count(value["lineno"])
             and all(isinstance(text, str) for name, text in value.items() if name != "lineno")
-            and bool(_TIMESTAMP.fullmatch(value["timestamp"])))
+            and bool(re.fullmatch(_TIMESTAMP, value["timestamp"])))
 
 
 def _is_progress(value: Any) -> bool:
@@ -5839,7 +5852,7 @@ _REPORT_CHECKS: Tuple[Tuple[str, Callable[[Any], bool], str], ...] = (
 
 def check_job_id(job_id: str) -> None:
     """Raise Conflict if a client may not choose this id."""
-    if not job_id or len(job_id) > 255 or _BAD_ID.search(job_id) or job_id in (".", ".."):
+    if not job_id or len(job_id) > 255 or re.search(_BAD_ID, job_id) or job_id in (".", ".."):
         raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
 
 
@@ -6136,7 +6149,7 @@ class Service:
 
     def _find_job(self, request: Request, job_id: str, has_sent_data: bool = True) -> Job:
         """Return the job; raise NotFound, or Forbidden if the request may not see it."""
-        job = self.store.get_job(job_id, has_sent_data) if not _BAD_ID.search(job_id) else None
+        job = self.store.get_job(job_id, has_sent_data) if not re.search(_BAD_ID, job_id) else None
         if job is None:
             raise NotFound("job_id not found")
         if not self.auth.may_see(request, job):
@@ -6273,7 +6286,7 @@ class Service:
 
     def take_key(self, request: Request, job_id: str) -> Response:
         """Take the key of a job from its form, and keep it in a cookie for this job alone."""
-        job = self.store.get_job(job_id) if not _BAD_ID.search(job_id) else None
+        job = self.store.get_job(job_id) if not re.search(_BAD_ID, job_id) else None
         given, path = request.form.get("job_key", "").strip(), job_path(job_id)
         if job is None:
             raise NotFound("job_id not found")
@@ -6321,7 +6334,7 @@ class Service:
         form = request.form
         if form.get("action") not in ("cancel", "delete", "resubmit"):
             raise Conflict("action has to be cancel, delete or resubmit")
-        job_ids = [value for name, value in request.fields if name == "job_id" and not _BAD_ID.search(value)]
+        job_ids = [value for name, value in request.fields if name == "job_id" and not re.search(_BAD_ID, value)]
         jobs = list(filter(None, map(self.store.get_job, dict.fromkeys(job_ids))))
         if form.get("action") == "resubmit":
             for job in jobs:  # all or none
@@ -6584,8 +6597,8 @@ _REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) 
 _FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?")
-_ABSOLUTE = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+_CHUNK_SIZE = rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
+_ABSOLUTE = r"(?i)https?://[^/?#]*"
 _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect"))
 _SECURITY_LINES = {name: f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS}
 _SECURITY_TEXT = "".join(_SECURITY_LINES.values())
@@ -6670,7 +6683,7 @@ def _local_target(target: str, method: str) -> str:
     if target == "*" and method == "OPTIONS":
         return "/"
     if not target.startswith("/"):
-        origin = _ABSOLUTE.match(target)
+        origin = re.match(_ABSOLUTE, target)
         if origin is None:
             raise BadRequest("The request target is neither a path nor an http address.")
         target = target[origin.end():]
@@ -6875,7 +6888,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         started = time.monotonic()
         while True:
             deadline = self._body_deadline(started, len(body))
-            size = _CHUNK_SIZE.fullmatch(self._read_line(deadline))
+            size = re.fullmatch(_CHUNK_SIZE, self._read_line(deadline))
             if size is None:
                 raise BadRequest("A chunk's size is malformed.")
             length = int(size[1], 16)
@@ -7458,7 +7471,7 @@ class ApplicationClient:
               headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
         """Answer a request; ``data`` is a body, or the fields of a form."""
         fields = {name.lower(): value for name, value in (headers or {}).items()}
-        if isinstance(data, Mapping):
+        if isinstance(data, collections.abc.Mapping):
             content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
         if content_type is not None:
             fields["content-type"] = content_type
