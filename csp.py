@@ -764,6 +764,7 @@ BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeat
 BACKOFF_JITTER = 1.5  # times up to that
 LONGEST_BACKOFF_SECONDS = BACKOFF_SECONDS[1] * BACKOFF_JITTER
 MAX_UNWRITTEN_LINES = 10_000  # log lines that a job may be ahead of the disk before it has to wait; a 64th of them
+MANY_LINES = 2000  # a synchronous job that has logged so many is stored before it ends, too
 LONG_MESSAGE = 1_024  # if one has had more characters
 AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of what runs again: before all that waits
 CANCELLED = "cancelled"
@@ -861,12 +862,16 @@ class LogLine(NamedTuple):
 
     def to_json(self) -> str:
         """Return the entry as a JSON object; what other programs may have written into the database is borne."""
-        time_text, message, level, module, function, lineno = self
         try:
-            return (f'{{"timestamp": {_quote(time_text)}, "message": {_quote(message)}, "level": {_quote(level)}, '
-                    f'"module": {_quote(module)}, "funcName": {_quote(function)}, "lineno": {int.__repr__(lineno)}}}')
+            return f'{{"timestamp": {_quote(self[0])}, "message": {_quote(self[1])}, {_origin_json(*self[2:])}}}'
         except TypeError:
             return to_json(self._asdict())
+
+
+@functools.lru_cache(maxsize=256)
+def _origin_json(level: str, module: str, function: str, lineno: int) -> str:
+    return (f'"level": {_quote(level)}, "module": {_quote(module)}, "funcName": {_quote(function)}, '
+            f'"lineno": {int.__repr__(lineno)}')
 
 
 class Outcome(NamedTuple):
@@ -1091,7 +1096,7 @@ class JobRun:
         self.line_count += 1
         if len(self.lines) >= self.most_lines:
             self._written(self, True)
-        elif not self.is_announced:
+        elif not self.is_announced or self.line_count == MANY_LINES:
             self.is_announced = True
             self._written(self, False)
 
@@ -1389,13 +1394,10 @@ class Transaction:
             self.insert_jobs()
         self._connection.executemany(statement, rows)
 
-    def forget_values(self, statement: str) -> None:
-        """Free the large values of a statement: SQLite keeps them until it has others, so it gets some that fail.
-
-        NULL does, for a column that must not be NULL and as a LIMIT.
-        """
+    def forget_values(self, statement: str, values: Sequence[Any]) -> None:
+        """Free the large values of a statement: SQLite keeps them until it has others. These are refused or no rows."""
         with suppress(sqlite3.IntegrityError):
-            self._connection.execute(statement, (None,) * statement.count("?"))
+            self._connection.execute(statement, values)
 
     def insert_soon(self, job: Job) -> None:
         """Insert the row of a job whose id nobody else can have, together with others."""
@@ -2068,7 +2070,7 @@ def _insert_large(transaction: Transaction, seq: int, values: Mapping[str, Union
         try:
             transaction.execute(_INSERT_LARGE, (seq, name, value))
         finally:
-            transaction.forget_values(_INSERT_LARGE)
+            transaction.forget_values(_INSERT_LARGE, (None, None, None))
 
 
 def _metadata_rows(job: Job) -> List[Tuple[str, str, str, str, int]]:
@@ -2092,11 +2094,11 @@ def _add_lines(transaction: Transaction, run: JobRun) -> None:
         for begin in range(0, len(lines), _LINE_ROWS[-1]):
             rows = lines[begin:begin + _LINE_ROWS[-1]]
             size = next(size for size in _LINE_ROWS if size >= len(rows))
-            nothing = (None,) * (6 * (size - len(rows)))
+            nothing = (0,) * (6 * (size - len(rows)))  # (None would cost: sqlite3 looks for an adapter)
             transaction.execute(_insert_lines(size), (
                 run.job_id, run.seq, *itertools.chain.from_iterable(rows), *nothing, len(rows)))
         if len(lines) > _LINE_ROWS[-2]:
-            transaction.forget_values(_insert_lines(_LINE_ROWS[-1]))
+            transaction.forget_values(_insert_lines(_LINE_ROWS[-1]), (0,) * (6 * _LINE_ROWS[-1] + 3))
 
 
 # -- opening the file
@@ -4160,7 +4162,7 @@ class Runner:
     def _write_output(self, run: JobRun, must_wait: bool) -> None:
         """Send a run's log to the store; a job that is far ahead of the disk waits, also while the disk is ill."""
         if run.seq in self._held:
-            if not must_wait:
+            if not must_wait and run.line_count < MANY_LINES:
                 return  # it goes with the job
             self._store_held(run.seq)
         while True:

@@ -7534,6 +7534,27 @@ class TestTrouble:
         assert running.client.submit("slow", "x" * 2**21)["data"] == 2**21 and len(batches) == 1
         assert running.client.submit("slow", "x")["data"] == 1 and len(batches) == 3
 
+    def test_the_log_of_a_synchronous_job_that_logs_much_is_on_disk_while_it_runs(self, start, monkeypatch):
+        running = start()
+        store, stored = running.service.store, []
+        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
+
+        @running.service.registry.synchronous
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.propagate = False
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            for number in range(csp.MANY_LINES - 1):
+                logger.warning("%d", number)
+            stored.append(store.get_job(task_id))
+            logger.warning("enough")
+            eventually(lambda: store.get_job(task_id))
+            eventually(lambda: len(store.get_logs(store.get_job(task_id))) == csp.MANY_LINES)
+            return "seen"
+
+        job = running.client.submit("work")
+        assert job["data"] == "seen" and stored == [None] and len(job["logs"]) == csp.MANY_LINES
+
     def test_a_synchronous_job_that_the_disk_did_not_take_while_it_ran_is_stored_at_its_end(self, start, monkeypatch):
         running, failed = start(), threading.Event()
         run_transaction = running.service.store._run_transaction
