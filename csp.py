@@ -764,8 +764,8 @@ BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before a job is repeat
 BACKOFF_JITTER = 1.5  # times up to that
 LONGEST_BACKOFF_SECONDS = BACKOFF_SECONDS[1] * BACKOFF_JITTER
 MAX_UNWRITTEN_LINES = 10_000  # log lines that a job may be ahead of the disk before it has to wait; a 64th of them
-MANY_LINES = 2000  # a synchronous job that has logged so many is stored before it ends, too
 LONG_MESSAGE = 1_024  # if one has had more characters
+MANY_LINES = 2_000  # a synchronous job that has logged so many is stored while it runs
 AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of what runs again: before all that waits
 CANCELLED = "cancelled"
 
