@@ -672,16 +672,18 @@ QUESTIONS = {
     "one job": "/job/job-500", "page of jobs (HTML)": "/job#html", "overview (HTML)": "/#html"}
 
 
-def seed(path: Path, count: int) -> None:
-    """Write so many jobs into a new database, with two metadata rows and two log rows each."""
+KINDS = (*["complete"] * 8, "error", "pending")
+
+
+def seed(path: Path, count: int, kinds: Sequence[str] = KINDS) -> None:
+    """Write so many jobs, with two metadata rows and two log rows each, into a new database; what is pending waits."""
     sys.path.insert(0, str(CSP.parent))
     import csp
     csp.Store(str(path)).close()
     now = time.time()
-    kinds = ["complete"] * 8 + ["error", "pending"]
 
     def job(number: int) -> Tuple[Any, ...]:
-        status, then = kinds[number % 10], csp.timestamp(now - number % 86_000)
+        status, then = kinds[number % len(kinds)], csp.timestamp(now - number % 86_000)
         return (number, f"job-{number}", "echo", status, '"hello"', None if status == "pending" else '">hello"',
                 '{"a": "b"}', "key", then, then, None if status == "pending" else then,
                 now + 400 if status == "pending" else None, 1)
@@ -721,6 +723,16 @@ def measure_size(count: int, repeats: int) -> Values:
             body = submission("echo", "hello")
             values["POST echo"] = _median_ms(program, repeats, "POST", "/job", body, dict([JSON]))
             return values
+
+
+def measure_queue(count: int) -> float:
+    """Return the resident memory in MB with so many jobs queued, which wait for their next attempt."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        path = Path(temporary) / "seed.db"
+        seed(path, count, ("pending",))
+        with running("csp", database=path, MAX_PENDING=None) as program:
+            time.sleep(1.0)  # the start goes on in the background
+            return program.memory()
 
 
 def _median_ms(program: Program, repeats: int, method: str, path: str, body: Any, headers: Dict[str, str]) -> float:
@@ -851,6 +863,7 @@ def main() -> None:
     if "sizes" in options.only:
         sizes = {count: measure_size(count, 50) for count in (1_000, 100_000, *([] if options.quick else [1_000_000]))}
         print_sizes(sizes)
+        print(f"\nmemory with {max(sizes):,} jobs queued, MB: {measure_queue(max(sizes)):.1f}")
     if options.json:
         Path(options.json).write_text(json.dumps({"rows": results, "sizes": sizes}), encoding="utf-8")
 
