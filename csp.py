@@ -1055,7 +1055,7 @@ class JobRun:
     """One attempt at one job: its log, progress and cancel flag, for as long as its function runs.
 
     Any thread may call its methods. ``written`` is called when there are lines for the store (and True if the caller
-    wants to wait until it has them), ``wake`` when there is progress to be written in a while.
+    wants to wait until it has them), ``wake`` when there is something to be written in a while: ``is_unwritten``.
     """
 
     def __init__(self, job_id: str, seq: int, attempt: int, written: Callable[[JobRun, bool], None],
@@ -1070,9 +1070,10 @@ class JobRun:
         self.most_lines = MAX_UNWRITTEN_LINES
         self.line_count = 0
         self.stored: Optional[List[LogLine]] = None  # lines on disk that are kept for an answer, if any are
+        self.new_job: Optional[Job] = None  # whose row is not on disk yet; only the store's writer takes it
         self.progress: Optional[str] = None
         self.progress_written = 0.0  # monotonic seconds
-        self.is_progress_unwritten = False
+        self.is_unwritten = False
         self.is_announced = False
         self._written = written
         self._wake = wake
@@ -1116,9 +1117,14 @@ class JobRun:
         """Show ``fraction`` (0 to 1) and ``message`` as the job's progress; written to disk a few times a second."""
         fraction = min(1.0, max(0.0, float(fraction)))
         self.progress = to_json({"fraction": fraction, "message": None if message is None else clean(str(message))})
-        if not self.is_progress_unwritten:
-            self.is_progress_unwritten = True
+        if not self.is_unwritten:
+            self.is_unwritten = True
             self._wake()
+
+    def note_refused(self) -> None:
+        """The disk could not take what there is; have it written in a while."""
+        self.progress_written, self.is_unwritten = time.monotonic(), True
+        self._wake()
 
     def end(self) -> None:
         """Take no more, and take this run's handlers off whatever loggers they are on."""
@@ -1443,10 +1449,11 @@ def _split(rows: List[T], sizes: Sequence[int]) -> Iterator[List[T]]:
 class Write:
     """An operation on its way through the writer; ``wait`` returns its result once it is durable, or raises."""
 
-    __slots__ = ("operation", "result", "error", "_done")
+    __slots__ = ("operation", "refused", "result", "error", "_done")
 
-    def __init__(self, operation: Callable[[Transaction], Any]) -> None:
+    def __init__(self, operation: Callable[[Transaction], Any], refused: Optional[Callable[[], None]] = None) -> None:
         self.operation = operation
+        self.refused = refused  # called if the disk cannot take it
         self.result: Any = None
         self.error: Optional[Exception] = None
         self._done = threading.Lock()
@@ -1541,8 +1548,8 @@ class Store:
 
     # -- the writer
 
-    def _enqueue(self, operation: Callable[[Transaction], Any]) -> Write:
-        write = Write(operation)
+    def _enqueue(self, operation: Callable[[Transaction], Any], refused: Optional[Callable[[], None]] = None) -> Write:
+        write = Write(operation, refused)
         with self._lock:
             if self._is_closed:
                 raise Unavailable("The service is stopping; try again.")
@@ -1582,6 +1589,8 @@ class Store:
             self._note_trouble(str(error))
             for write in batch:
                 write.error = Unavailable(f"The database cannot be written ({error}); try again.")
+                if write.refused is not None:
+                    write.refused()
         else:
             self._note_trouble("")
             self._publish(transaction)
@@ -1865,11 +1874,10 @@ class Store:
         return self._write(operation)
 
     def mark_finished(self, job: Job, outcome: Outcome, run: Optional[JobRun], then: Callable[[], None],
-                      is_new: bool = False) -> Optional[Job]:
+                      ) -> Optional[Job]:
         """End the job, with its log and its callback due, if it is still in the state (and attempt) of ``job``.
 
         Return the finished job; or None, with nothing changed: it was cancelled, deleted or timed out, or runs again.
-        ``is_new``: it has not been stored before.
         """
         check_transition(job.state, outcome.status)
         now = time.time()
@@ -1881,7 +1889,7 @@ class Store:
             api_key=job.api_key if has_callback else None)
 
         def operation(transaction: Transaction) -> Optional[Job]:
-            if is_new:
+            if run is not None and _take_new_job(transaction, run) is not None:
                 _insert_job(transaction, finished, is_new_id=True, counted_as=PENDING)
             elif not _finish_job(transaction, finished, job.state):
                 return None
@@ -1914,21 +1922,24 @@ class Store:
             f"UPDATE jobs SET cancelled = 1 WHERE seq = ? AND {_IN_STATE[RUNNING]}", (job.seq,)).rowcount > 0)
 
     def add_run_output(self, run: JobRun) -> Write:
-        """Store what the run has logged and its progress, without waiting."""
+        """Store what the run has logged and its progress, and first its job if it is new, without waiting."""
         def operation(transaction: Transaction) -> None:
             run.is_announced = False
-            if not transaction.execute("SELECT 1 FROM jobs WHERE seq = ?", (run.seq,)).fetchone():
+            job = _take_new_job(transaction, run)
+            if job is not None:
+                _insert_job(transaction, job, is_new_id=True)
+            elif not transaction.execute("SELECT 1 FROM jobs WHERE seq = ?", (run.seq,)).fetchone():
                 run.lines.clear()
                 return
             _add_lines(transaction, run)
-            if run.is_progress_unwritten:
-                run.is_progress_unwritten = False
-                transaction.on_rollback.append(functools.partial(setattr, run, "is_progress_unwritten", True))
+            if run.is_unwritten:
+                run.is_unwritten = False
+                transaction.on_rollback.append(functools.partial(setattr, run, "is_unwritten", True))
                 run.progress_written = time.monotonic()
                 transaction.execute("UPDATE jobs SET progress = ? WHERE seq = ? AND attempts = ?",
                                     (run.progress, run.seq, run.attempt))
             transaction.touched.add(run.job_id)
-        return self._enqueue(operation)
+        return self._enqueue(operation, run.note_refused)
 
     def mark_callback(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> bool:
         """Record an attempt at the job's callback; without ``next_at`` it was the last, and the api_key is erased.
@@ -2028,6 +2039,14 @@ def _insert_job(transaction: Transaction, job: Job, is_new_id: bool, counted_as:
                                 _metadata_rows(job))
     transaction.count(job.job_type, counted_as or job.status, 1)
     transaction.touched.add(job.job_id)
+
+
+def _take_new_job(transaction: Transaction, run: JobRun) -> Optional[Job]:
+    """Return the run's job to be inserted, if its row is not on disk yet; a rollback puts it back."""
+    job, run.new_job = run.new_job, None
+    if job is not None:
+        transaction.on_rollback.append(functools.partial(setattr, run, "new_job", job))
+    return job
 
 
 def _finish_job(transaction: Transaction, job: Job, old_state: str) -> bool:
@@ -2275,7 +2294,10 @@ def _as_time(text: Optional[str]) -> Optional[str]:
 
 
 def _as_host(url: Optional[str]) -> Optional[str]:
-    return callback_host(url) if url else None
+    try:
+        return callback_host(url) if url else None
+    except ValueError:  # no address at all, which the callback will find out
+        return ""
 
 
 def callback_host(url: str) -> str:
@@ -3087,7 +3109,7 @@ class Reporter:
     def _report(self) -> bool:
         """Make a report; return whether it has arrived."""
         with self._lock:
-            self._run.is_announced = self._run.is_progress_unwritten = False
+            self._run.is_announced = self._run.is_unwritten = False
             lines = list(self._run.lines)[:REPORT_LINES]  # one step: the job goes on logging
             sizes = itertools.accumulate(len(line.message) for line in lines)
             del lines[max(1, sum(size <= REPORT_CHARACTERS for size in sizes)):]
@@ -3678,9 +3700,7 @@ class Runner:
         self._alone_until = 0.0  # monotonic seconds
         self._to_stop: Set[int] = set()  # told to stop between being claimed and being begun
         self._unrecorded: List[Callable[[], Any]] = []  # what the disk could not take, to be called again
-        self._held: Dict[int, Tuple[Job, JobRun]] = {}  # synchronous jobs of which nothing is stored yet, by seq
-        self._held_before: Dict[int, Write] = {}  # those on their way to the disk, which may not take them
-        self._held_lock = threading.Lock()  # taken to put them into the store's queue in the right order
+        self._held: Dict[int, Tuple[Job, JobRun]] = {}  # synchronous jobs that may end before they are stored, by seq
         self._has_held = threading.Event()
         self.may_adjust_switching = False  # the interval is the whole process's
         self._is_woken = True
@@ -3723,7 +3743,6 @@ class Runner:
         for run, job in left:
             run.ended = True
             run.tell_to_stop()
-            self._store_held(job.seq)
             try:
                 self._leave(job, run)
             except Unavailable as error:
@@ -3762,6 +3781,7 @@ class Runner:
         run = self._begin(job, job_type)
         run.stored = []
         if is_new_id:
+            run.new_job = job
             self._held[job.seq] = job, run
             if not self._has_held.is_set():
                 self._has_held.set()
@@ -3771,7 +3791,6 @@ class Runner:
                 self._store_held(job.seq, must_wait=True)
         except BaseException:
             self._held.pop(job.seq, None)
-            self._held_before.pop(job.seq, None)
             self._forget(run)
             raise
         if callable(outcome):
@@ -3780,15 +3799,11 @@ class Runner:
 
     def _store_held(self, seq: int, must_wait: bool = False) -> None:
         """Store the job as pending if it is still held."""
-        with self._held_lock:
-            job, run = self._held.pop(seq, (None, None))
-            write = self._store.add_job(job, lambda: None, is_new_id=True) if job is not None else None
-            if write is not None:
-                self._held_before[seq] = write
-            if run is not None and run.lines:
-                self._store.add_run_output(run)
-        if write is not None and must_wait:
-            write.wait()
+        _, run = self._held.pop(seq, (None, None))
+        if run is not None:
+            write = self._store.add_run_output(run)
+            if must_wait:
+                write.wait()
 
     def _store_held_jobs(self) -> None:
         """Store held jobs after HOLD_SECONDS: others want to see what runs. Sleeps while there have been none."""
@@ -3804,7 +3819,7 @@ class Runner:
             late = time.monotonic() - HOLD_SECONDS
             for seq in [seq for seq, (job, run) in list(self._held.items())
                         if run.started + len(job.sent_data or "") * HOLD_SECONDS_PER_CHARACTER < late]:
-                with suppress(Unavailable):  # the next turn, or its end, tries again
+                with suppress(Unavailable):  # its end tries again
                     self._store_held(seq)
 
     def cancel(self, job: Job) -> None:
@@ -3863,8 +3878,8 @@ class Runner:
                 self._start(job)
             if claim.is_suspect:
                 waits.append(ALONE_SECONDS if claim.jobs else 1.0)
-            elif claim.next_at is not None and claim.next_at > now:
-                waits.append(claim.next_at - now)
+            elif claim.next_at is not None and (claim.next_at > now or len(claim.jobs) < self._workers - running):
+                waits.append(claim.next_at - now if claim.next_at > now else 1.0)  # what is due and was left: a suspect
         waits += [self._end_late_runs(), self._write_progress(), self._record_again(),  # know the runs just started
                   self._adjust_switching()]
         return min((wait for wait in waits if wait is not None), default=None)
@@ -4072,29 +4087,22 @@ class Runner:
         run.ended = True
         self._metrics.jobs.add((("job_type", job.job_type), ("status", outcome.status)),
                                time.monotonic() - run.started)
-        with self._held_lock:
-            is_new = self._held.pop(job.seq, None) is not None
-            stored = self._held_before.pop(job.seq, None)
-        if stored is not None:
-            try:
-                stored.wait()
-            except Exception:  # noqa: BLE001 - whatever it was: it is not on disk, and has its own way to end
-                is_new = True
+        self._held.pop(job.seq, None)
         try:
-            return self._record(functools.partial(self._record_outcome, job, outcome, run, is_new))
+            return self._record(functools.partial(self._record_outcome, job, outcome, run))
         finally:
             self._forget(run)
 
-    def _record_outcome(self, job: Job, outcome: Outcome, run: JobRun, is_new: bool) -> Optional[Job]:
+    def _record_outcome(self, job: Job, outcome: Outcome, run: JobRun) -> Optional[Job]:
         """Store the outcome; one that cannot be stored becomes an error that says why."""
         try:
-            return self._store.mark_finished(job, outcome, run, self._due(job), is_new)
+            return self._store.mark_finished(job, outcome, run, self._due(job))
         except Unavailable:
             raise
         except Exception as error:  # noqa: BLE001 - part of the job run, which has to end somehow
             run.lines.clear()
             return self._store.mark_finished(job, failure(_safe_text(error) or type(error).__name__), run,
-                                             self._due(job), is_new)
+                                             self._due(job))
 
     def _end(self, job: Job, outcome: Outcome, run: JobRun) -> None:
         """Record the outcome of a queued job, now or later: nobody waits for it."""
@@ -4146,10 +4154,10 @@ class Runner:
         return failure(f"The job took longer than its timeout of {job_type.timeout if job_type else 0:g} seconds.")
 
     def _write_progress(self) -> Optional[float]:
-        """Write the progress of runs whose last is long enough ago; return when to look again."""
+        """Write the progress of runs, a while after their last, and what was refused; return when to look again."""
         now = time.monotonic()
         with self._condition:
-            runs = [run for run, _, _ in self._running.values() if run.is_progress_unwritten]
+            runs = [run for run, _, _ in self._running.values() if run.is_unwritten]
         waits = []
         for run in runs:
             wait = run.progress_written + PROGRESS_SECONDS - now
@@ -4164,7 +4172,7 @@ class Runner:
         if run.seq in self._held:
             if not must_wait and run.line_count < MANY_LINES:
                 return  # it goes with the job
-            self._store_held(run.seq)
+            self._held.pop(run.seq, None)
         while True:
             try:
                 write = self._store.add_run_output(run)
@@ -4206,7 +4214,8 @@ class Runner:
         except GeneratorExit:
             raise
         except BaseException as error:
-            outcome = Outcome(ERROR, error=error_document(error))
+            is_cancelled = isinstance(error, JobCancelled)
+            outcome = failure(CANCELLED) if is_cancelled else Outcome(ERROR, error=error_document(error))
             raise StreamBroken from error
         finally:
             try:

@@ -5235,6 +5235,32 @@ class TestSickDisk:
         assert [record for record in caplog.records if "can be written again" in record.getMessage()]
         assert client.get("/status").json["stats"]["pending"] == 0
 
+    def test_the_log_of_a_running_job_that_was_refused_is_written_when_it_can_be(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "BUSY_SECONDS", 0.2)
+        registry, go, end = csp.Registry(), threading.Event(), threading.Event()
+
+        @registry.asynchronous
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.warning("before")
+            go.wait(PATIENCE_SECONDS)
+            logger.warning("meanwhile")
+            end.wait(PATIENCE_SECONDS)
+
+        running = start(registry)
+        client, job = running.client, running.client.submit("work")
+        eventually(lambda: messages(client.show(job)) == ["before"])
+        with contextlib.closing(sqlite3.connect(str(running.path), isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            go.set()
+            eventually(lambda: running.service.store._trouble)
+            other.execute("ROLLBACK")
+        eventually(lambda: messages(client.show(job)) == ["before", "meanwhile"])
+        assert client.show(job)["status"] == "pending"
+        end.set()
+        assert messages(client.finish(job)) == ["before", "meanwhile"]
+
     @linux_only
     def test_a_full_disk_is_answered_503_and_no_acknowledged_job_is_lost(self, launch, tmp_path):
         server = launch(CRASH_MODULE)
@@ -7394,6 +7420,27 @@ class TestTrouble:
         gate.open.set()
         assert [second.client.finish(job)["data"] for job in jobs] == [0, 1]
 
+    def test_what_waits_behind_a_suspect_that_is_not_the_first_is_not_forgotten(self, start, gate, monkeypatch):
+        first = start(gate.registry, WORKERS=4)
+        jobs = [first.client.submit("wait", number) for number in range(2)]
+        for job in jobs:
+            gate.wait_for(job)
+        jobs.append(first.client.submit("quick", "x", job_id="later"))
+        first.stop(0.0)
+        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2 WHERE job_type = 'wait'")
+        rows_of(first.path, "UPDATE jobs SET crashes = 1 WHERE job_id = ?", jobs[1]["job_id"])
+        rows_of(
+            first.path,
+            "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, run_at = ? WHERE job_id = 'later'",
+            time.time(),
+        )
+        monkeypatch.setattr(csp, "ALONE_SECONDS", 0.5)
+        second = start(gate.registry, WORKERS=4)
+        assert second.client.finish(jobs[2])["data"] == "x"  # while the others run, and nobody wakes the runner
+        assert [second.client.show(job)["attempts"] for job in jobs[:2]] == [3, 3]
+        gate.open.set()
+        assert [second.client.finish(job)["data"] for job in jobs[:2]] == [0, 1]
+
     def test_nothing_is_begun_any_more_when_the_service_is_told_to_stop(self, start, gate):
         running = start(gate.registry, WORKERS=1)
         jobs = [running.client.submit("wait", number) for number in range(3)]
@@ -7560,7 +7607,7 @@ class TestTrouble:
         run_transaction = running.service.store._run_transaction
 
         def fail_once(batch):
-            if not failed.is_set() and any("add_job" in write.operation.__qualname__ for write in batch):
+            if not failed.is_set() and any("add_run_output" in write.operation.__qualname__ for write in batch):
                 failed.set()
                 raise sqlite3.OperationalError("database is locked")
             return run_transaction(batch)
@@ -7569,12 +7616,46 @@ class TestTrouble:
 
         @running.service.registry.synchronous
         def slow(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.warning("before")
             assert failed.wait(PATIENCE_SECONDS)
+            logger.warning("after")
+            csp.util.set_progress(task_id, 0.5)
+            eventually(lambda: running.service.store.get_job(task_id))
             return "done"
 
         job = running.client.submit("slow")
-        assert (job["status"], job["data"]) == ("complete", "done") and running.client.show(job)["data"] == "done"
+        shown = running.client.show(job)
+        assert (job["status"], job["data"]) == ("complete", "done") and shown["data"] == "done"
+        assert messages(job) == messages(shown) == ["before", "after"] and shown["progress"]["fraction"] == 0.5
         assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 1, "error": 0}
+
+    def test_what_a_synchronous_job_logs_while_it_is_being_stored_is_kept(self, start, monkeypatch):
+        running = start()
+        store = running.service.store
+        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
+        mark_finished = store.mark_finished
+
+        def write_first(job, outcome, run, then):
+            store.add_run_output(run).wait()  # as the runner may, between the end of the function and its record
+            return mark_finished(job, outcome, run, then)
+
+        monkeypatch.setattr(store, "mark_finished", write_first)
+
+        @running.service.registry.synchronous
+        def work(task_id, input):
+            logger = logging.getLogger(task_id)
+            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger.warning("one")
+            for text in input["data"]:
+                store.add_run_output(csp._runs[task_id]).wait()
+                logger.warning(text)
+
+        for texts in ([], ["two", "three"]):
+            job = running.client.submit("work", texts)
+            assert messages(job) == messages(running.client.show(job)) == ["one", *texts]
+        assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 0}
 
     def test_a_synchronous_job_that_takes_longer_is_shown_with_its_log_while_it_runs(self, start):
         registry, go = csp.Registry(), threading.Event()
@@ -8752,6 +8833,31 @@ class TestService:
             b"POST /job HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body),
         )
         assert old.endswith(b'\r\n\r\n["first", "second"]') and b"chunked" not in old
+
+    def test_a_job_that_is_cancelled_while_it_streams_is_an_error_that_says_so(self, start):
+        registry = csp.Registry()
+
+        @registry.synchronous
+        def stream(task_id, input):
+            def parts():
+                yield "first"
+                eventually(lambda: csp._runs[task_id].cancelled.is_set())
+                csp.util.check_cancelled(task_id)
+
+            return parts
+
+        running = start(registry)
+        connection = http.client.HTTPConnection("127.0.0.1", running.server.server_port, timeout=PATIENCE_SECONDS)
+        body = json.dumps({"job_type": "stream", "api_key": "k"}).encode()
+        connection.request("POST", "/job/s", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert response.read(5) == b"first"
+        assert running.client.post("/job/s/cancel", key=SECURE_KEY).status == 200
+        with pytest.raises(http.client.IncompleteRead):
+            response.read()
+        connection.close()
+        eventually(lambda: running.client.get("/job/s", key=SECURE_KEY).json["status"] == "error")
+        assert running.client.get("/job/s", key=SECURE_KEY).json["error"] == {"message": "cancelled"}
 
     @pytest.mark.parametrize(
         "parts, is_begun",
@@ -11018,6 +11124,15 @@ class TestPredecessor:
         ]
         eventually(lambda: client.get("/status").json["stats"] == {"pending": 0, "complete": 4, "error": 2})
         assert query(old_database, "SELECT job_id FROM jobs WHERE api_key IS NOT NULL") in ([], [("slow",)])
+
+    def test_a_result_url_that_is_none_does_not_keep_it_from_being_opened(self, old_database, start):
+        with contextlib.closing(sqlite3.connect(str(old_database))) as connection, connection:
+            connection.execute("UPDATE jobs SET result_url = 'http://[broken/'")
+        client = start().client
+        assert client.get("/job/ok", key="key-ok").json["result_url"] == "http://[broken/"
+        job = {"job_id": "slow", "job_key": "4ce9acda-3c8a-4199-979f-243f97764f37"}
+        client.finish(job)
+        assert attempted(client, job)["callback"]["error"]
 
     def test_its_old_jobs_are_cleared(self, old_database, start):
         with contextlib.closing(sqlite3.connect(str(old_database))) as connection, connection:
