@@ -1075,6 +1075,7 @@ class JobRun:
         self.progress_written = 0.0  # monotonic seconds
         self.is_unwritten = False
         self.is_announced = False
+        self.is_queued = False  # whether there is a write of its output that the store has not begun
         self._written = written
         self._wake = wake
         self._turn = threading.Lock()
@@ -1123,7 +1124,7 @@ class JobRun:
 
     def note_refused(self) -> None:
         """The disk could not take what there is; have it written in a while."""
-        self.progress_written, self.is_unwritten = time.monotonic(), True
+        self.progress_written, self.is_unwritten, self.is_queued = time.monotonic(), True, False
         self._wake()
 
     def end(self) -> None:
@@ -1641,6 +1642,8 @@ class Store:
             write.error = ValueError(f"It cannot be stored: {error}") if is_value else error
             if is_changed:
                 connection.execute("ROLLBACK")
+                for noted in (transaction.counts, transaction.hours, transaction.touched):
+                    noted.clear()
                 connection.execute("BEGIN IMMEDIATE")
 
     def _publish(self, transaction: Transaction) -> None:
@@ -1924,12 +1927,12 @@ class Store:
     def add_run_output(self, run: JobRun) -> Write:
         """Store what the run has logged and its progress, and first its job if it is new, without waiting."""
         def operation(transaction: Transaction) -> None:
-            run.is_announced = False
+            run.is_announced = run.is_queued = False
             job = _take_new_job(transaction, run)
             if job is not None:
                 _insert_job(transaction, job, is_new_id=True)
             elif not transaction.execute("SELECT 1 FROM jobs WHERE seq = ?", (run.seq,)).fetchone():
-                run.lines.clear()
+                _take_lines(transaction, run)
                 return
             _add_lines(transaction, run)
             if run.is_unwritten:
@@ -1939,6 +1942,7 @@ class Store:
                 transaction.execute("UPDATE jobs SET progress = ? WHERE seq = ? AND attempts = ?",
                                     (run.progress, run.seq, run.attempt))
             transaction.touched.add(run.job_id)
+        run.is_queued = True
         return self._enqueue(operation, run.note_refused)
 
     def mark_callback(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> bool:
@@ -2104,11 +2108,17 @@ def _insert_lines(count: int) -> str:
             f"SELECT ?, ?, * FROM (VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * count)}) LIMIT ?")
 
 
+def _take_lines(transaction: Transaction, run: JobRun) -> List[LogLine]:
+    """Take the run's log lines; a rollback puts them back."""
+    lines = [run.lines.popleft() for _ in range(len(run.lines))]
+    transaction.on_rollback.append(lambda: run.lines.extendleft(reversed(lines)))
+    return lines
+
+
 def _add_lines(transaction: Transaction, run: JobRun) -> None:
     """Move the run's log lines to the database; a rollback puts them back."""
-    lines = [run.lines.popleft() for _ in range(len(run.lines))]
+    lines = _take_lines(transaction, run)
     if lines:
-        transaction.on_rollback.append(lambda: run.lines.extendleft(reversed(lines)))
         transaction.on_commit.append(lambda: run.note_stored(lines))
         for begin in range(0, len(lines), _LINE_ROWS[-1]):
             rows = lines[begin:begin + _LINE_ROWS[-1]]
@@ -3789,9 +3799,9 @@ class Runner:
             outcome = self._call(job_type, run, read_input)
             if callable(outcome):
                 self._store_held(job.seq, must_wait=True)
-        except BaseException:
-            self._held.pop(job.seq, None)
-            self._forget(run)
+        except BaseException as error:
+            with suppress(Unavailable):
+                self._finish(job, failure(_safe_text(error)), run)
             raise
         if callable(outcome):
             return run, self._stream(job, run, outcome)
@@ -4118,6 +4128,8 @@ class Runner:
         except Unavailable:
             with self._condition:
                 self._unrecorded.append(write)
+                self._is_woken = True
+                self._condition.notify_all()
             raise
 
     def _record_again(self) -> Optional[float]:
@@ -4126,10 +4138,10 @@ class Runner:
             writes, self._unrecorded = self._unrecorded, []
         for index, write in enumerate(writes):
             try:
-                self._record(write)
+                write()
             except Unavailable:
                 with self._condition:
-                    self._unrecorded += writes[index + 1:]
+                    self._unrecorded += writes[index:]
                 return 1.0
             except Exception:  # noqa: BLE001 - the worker loop: the other outcomes must not be lost with this one
                 log.exception("something that could not be stored before cannot be stored at all")
@@ -4163,7 +4175,7 @@ class Runner:
             wait = run.progress_written + PROGRESS_SECONDS - now
             if wait > 0:
                 waits.append(wait)
-            elif run.seq not in self._held:
+            elif run.seq not in self._held and not run.is_queued:
                 self._store.add_run_output(run)
         return min(waits, default=None)
 

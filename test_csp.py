@@ -7631,6 +7631,82 @@ class TestTrouble:
         assert messages(job) == messages(shown) == ["before", "after"] and shown["progress"]["fraction"] == 0.5
         assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 1, "error": 0}
 
+    @staticmethod
+    def refuse_once(store, operation, monkeypatch):
+        """Let the disk refuse the first transaction with such an operation; return an event that says that it has."""
+        refused, run_transaction = threading.Event(), store._run_transaction
+
+        def run(batch):
+            if not refused.is_set() and any(operation in write.operation.__qualname__ for write in batch):
+                refused.set()
+                raise sqlite3.OperationalError("database is locked")
+            return run_transaction(batch)
+
+        monkeypatch.setattr(store, "_run_transaction", run)
+        return refused
+
+    def test_a_stream_whose_job_the_disk_refuses_is_answered_503_and_does_not_stay_pending(self, start, monkeypatch):
+        running = start()
+        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
+        self.refuse_once(running.service.store, "add_run_output", monkeypatch)
+        running.service.registry.synchronous(lambda_named("stream", lambda task_id, input: lambda: iter(["part"])))
+        assert running.client.post("/job", {"job_type": "stream", "api_key": "k"}).status == 503
+        stats = {"pending": 0, "complete": 0, "error": 1}
+        eventually(lambda: running.client.get("/status").json["stats"] == stats)
+        assert running.service.runner.running == 0
+
+    @pytest.mark.parametrize("path", ["/job", "/job/own"])
+    def test_the_outcome_of_a_synchronous_job_that_the_disk_refused_is_recorded_soon(self, start, monkeypatch, path):
+        running = start()
+        refused = self.refuse_once(running.service.store, "mark_finished", monkeypatch)
+        assert running.client.post(path, {"job_type": "echo", "api_key": "k", "data": "x"}).status == 503
+        assert refused.is_set()
+        stats = {"pending": 0, "complete": 1, "error": 0}
+        eventually(lambda: running.client.get("/status").json["stats"] == stats)
+
+    def test_a_run_has_no_more_than_one_write_of_its_progress_in_the_queue(self, start, gate, monkeypatch):
+        running = start(gate.registry, WORKERS=1)
+        store, go = running.service.store, threading.Event()
+        job = running.client.submit("wait", 1)
+        gate.wait_for(job)
+        run_transaction = store._run_transaction
+        monkeypatch.setattr(
+            store, "_run_transaction", lambda batch: go.wait(PATIENCE_SECONDS) and run_transaction(batch)
+        )
+        csp.util.set_progress(job["job_id"], 0.5)
+        for _ in range(20):
+            running.service.runner._write_progress()
+        waiting = store._queue.qsize()
+        go.set()
+        gate.open.set()
+        assert waiting <= 2 and running.client.finish(job)["progress"]["fraction"] == 0.5
+
+    def test_an_operation_that_is_undone_leaves_no_counts(self, store):
+        def operation(transaction):
+            csp._insert_job(transaction, make_job(store, "a"), is_new_id=True)
+            transaction.count_end("echo", "complete", 0.0)
+            raise ValueError("odd")
+
+        write = csp.Write(operation)
+        store._commit([write])
+        assert isinstance(result_of(write), ValueError) and not any(store.count_jobs().values())
+        assert store.count_by_hour(0) == {}
+
+    def test_lines_of_a_job_whose_deletion_is_undone_are_kept(self, store, monkeypatch):
+        job = claim(store, add_job(store, "a"))
+        run = csp.JobRun("a", job.seq, job.attempts, lambda *_: None, lambda: None)
+        run.add_line(csp.LogLine("", "kept", "INFO", "", "", 0))
+        operations = [lambda transaction: transaction.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))]
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "_enqueue", lambda operation, *_: operations.append(operation))
+            store.add_run_output(run)
+
+        def fail(transaction):
+            raise sqlite3.OperationalError("database is locked")
+
+        store._commit([csp.Write(operation) for operation in (*operations, fail)])
+        assert [line.message for line in run.lines] == ["kept"] and store.get_job("a") is not None
+
     def test_what_a_synchronous_job_logs_while_it_is_being_stored_is_kept(self, start, monkeypatch):
         running = start()
         store = running.service.store
