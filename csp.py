@@ -3888,7 +3888,7 @@ class Runner:
                 self._start(job)
             if claim.is_suspect:
                 waits.append(ALONE_SECONDS if claim.jobs else 1.0)
-            elif claim.next_at is not None and (claim.next_at > now or len(claim.jobs) < self._workers - running):
+            elif claim.next_at is not None and len(claim.jobs) < self._workers - running:
                 waits.append(claim.next_at - now if claim.next_at > now else 1.0)  # what is due and was left: a suspect
         waits += [self._end_late_runs(), self._write_progress(), self._record_again(),  # know the runs just started
                   self._adjust_switching()]

@@ -7602,17 +7602,23 @@ class TestTrouble:
         job = running.client.submit("work")
         assert job["data"] == "seen" and stored == [None] and len(job["logs"]) == csp.MANY_LINES
 
-    def test_a_synchronous_job_that_the_disk_did_not_take_while_it_ran_is_stored_at_its_end(self, start, monkeypatch):
-        running, failed = start(), threading.Event()
-        run_transaction = running.service.store._run_transaction
+    @staticmethod
+    def refuse_once(store, operation, monkeypatch):
+        """Let the disk refuse the first transaction with such an operation; return an event that says that it has."""
+        refused, run_transaction = threading.Event(), store._run_transaction
 
-        def fail_once(batch):
-            if not failed.is_set() and any("add_run_output" in write.operation.__qualname__ for write in batch):
-                failed.set()
+        def run(batch):
+            if not refused.is_set() and any(operation in write.operation.__qualname__ for write in batch):
+                refused.set()
                 raise sqlite3.OperationalError("database is locked")
             return run_transaction(batch)
 
-        monkeypatch.setattr(running.service.store, "_run_transaction", fail_once)
+        monkeypatch.setattr(store, "_run_transaction", run)
+        return refused
+
+    def test_a_synchronous_job_that_the_disk_did_not_take_while_it_ran_is_stored_in_a_while(self, start, monkeypatch):
+        running = start()
+        failed = self.refuse_once(running.service.store, "add_run_output", monkeypatch)
 
         @running.service.registry.synchronous
         def slow(task_id, input):
@@ -7630,20 +7636,6 @@ class TestTrouble:
         assert (job["status"], job["data"]) == ("complete", "done") and shown["data"] == "done"
         assert messages(job) == messages(shown) == ["before", "after"] and shown["progress"]["fraction"] == 0.5
         assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 1, "error": 0}
-
-    @staticmethod
-    def refuse_once(store, operation, monkeypatch):
-        """Let the disk refuse the first transaction with such an operation; return an event that says that it has."""
-        refused, run_transaction = threading.Event(), store._run_transaction
-
-        def run(batch):
-            if not refused.is_set() and any(operation in write.operation.__qualname__ for write in batch):
-                refused.set()
-                raise sqlite3.OperationalError("database is locked")
-            return run_transaction(batch)
-
-        monkeypatch.setattr(store, "_run_transaction", run)
-        return refused
 
     def test_a_stream_whose_job_the_disk_refuses_is_answered_503_and_does_not_stay_pending(self, start, monkeypatch):
         running = start()
