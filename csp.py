@@ -25,9 +25,9 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
-# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, importlib.util, inspect,
-# logging.handlers, multiprocessing, pickle, shlex, subprocess and urllib.request. Patterns that few need are texts:
-# re compiles them when they are used first, and keeps them.
+# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, html, importlib.util, inspect,
+# logging.handlers, multiprocessing, pickle, random, shlex, ssl, subprocess and urllib.request. Patterns that few need
+# are texts: re compiles them when they are used first, and keeps them.
 import argparse
 import atexit
 import base64
@@ -35,42 +35,69 @@ import binascii
 import bisect
 import collections.abc
 import contextvars
-import email.utils
 import functools
-import html
-import http.client
 import importlib
 import io
 import ipaddress
 import itertools
 import json
-import logging
 import os
 import queue
-import random
 import re
 import signal
 import socket
 import socketserver
 import sqlite3
-import ssl
 import string
 import struct
 import sys
 import threading
 import time
-import traceback
 import types
 import urllib.parse
 import weakref
 from collections import deque, namedtuple
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, contextmanager, suppress
-from http.server import ThreadingHTTPServer
+
+
+class _LateModule(types.ModuleType):
+    """Stands for the module of that name, which is imported when something of it is used."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.withdraw()
+        return getattr(importlib.import_module(self.__name__), name)
+
+    def withdraw(self) -> None:
+        """Let imports have the module itself from now on; who has got this one may keep it."""
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+
+
+@contextmanager
+def _imported_late(*names: str) -> Iterator[None]:
+    """Give the modules that are imported meanwhile stand-ins for these, unless they are there already."""
+    modules = {name: _LateModule(name) for name in names if name not in sys.modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.withdraw()
+
+
+# These use them for what few starts need (ssl for HTTPSConnection alone): a fifth of the time of a start, and 5 MB.
+with _imported_late("calendar", "copy", "html", "mimetypes", "random", "shutil", "ssl", "textwrap", "tokenize"):
+    import email.utils
+    import http.client
+    import logging
+    import traceback
+    from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+    from concurrent.futures import TimeoutError as FutureTimeoutError
+    from http.server import ThreadingHTTPServer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # no start imports typing: that and its NamedTuple take a twentieth of the time
+    import ssl
     from multiprocessing.connection import Connection
     from typing import (
         Any,
@@ -2424,6 +2451,7 @@ class _CallbackConnections:
 
     def _context(self) -> ssl.SSLContext:
         """Return the TLS context, made when first needed: reading the certificates takes a while."""
+        import ssl
         if self._tls is None:
             self._tls = ssl.create_default_context() if self._ssl_verify else ssl._create_unverified_context()
         return self._tls
@@ -2483,6 +2511,7 @@ def next_callback_at(attempts: int, answer: CallbackAnswer, now: float) -> Optio
     """Return when to try again after the ``attempts``-th attempt (epoch seconds), or None: never."""
     if answer.error is None or answer.is_final or attempts > len(RETRY_SECONDS):
         return None
+    import random
     delay = RETRY_SECONDS[attempts - 1] * random.uniform(1.0, 1.1)
     return now + max(delay, min(answer.retry_after_seconds, MAX_RETRY_AFTER_SECONDS))
 
@@ -3949,6 +3978,7 @@ class Runner:
             self._end(job, outcome, run)
 
     def _retry(self, job: Job, outcome: Outcome, run: JobRun) -> None:
+        import random
         pause = min(BACKOFF_SECONDS[0] * 2 ** min(job.failures, 20), BACKOFF_SECONDS[1])
         delay = pause * random.uniform(1.0, BACKOFF_JITTER)
         message = json.loads(outcome.error or "{}").get("message")
@@ -5196,6 +5226,7 @@ def render(template: str, **values: Any) -> Html:
 
 
 def _escape(value: Any) -> str:
+    import html
     if isinstance(value, Html):
         return value
     return "".join(map(_escape, value)) if isinstance(value, (list, tuple)) else html.escape(str(value))
@@ -7574,17 +7605,24 @@ web = _make_module("web", "The service.", app=_application, init=lambda: _applic
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.")
-    parser.add_argument("--jobs", action="append", default=[], metavar="MODULE",
-                        help="a module name or a .py file with job functions; may be repeated")
-    parser.add_argument("--config", metavar="FILE", help="a Python settings file")
+    # In groups also because each option that a parser itself is given makes a formatter of help.
+    parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.",
+                                     add_help=False)
+    group = parser.add_argument_group("what to serve")
+    group.add_argument("--jobs", action="append", default=[], metavar="MODULE",
+                       help="a module name or a .py file with job functions; may be repeated")
+    group.add_argument("--config", metavar="FILE", help="a Python settings file")
+    group = parser.add_argument_group("settings, instead of the file's and the environment's")
     for row in SETTINGS:
         if row.option:
-            parser.add_argument(row.option, dest=row.name, metavar="VALUE", help=row.help.replace("%", "%%"))
-    parser.add_argument("--run", nargs="+", metavar=("JOB_TYPE", "JSON"),
-                        help="run one job here and now with this data (- reads it from standard input), and exit")
-    parser.add_argument("--hash-password", action="store_true", help="make a hash for the setting PASSWORD, and exit")
-    parser.add_argument("--version", action="version", version=f"csp.py {__version__}")
+            group.add_argument(row.option, dest=row.name, metavar="VALUE", help=row.help.replace("%", "%%"))
+    group = parser.add_argument_group("instead of serving")
+    group.add_argument("--run", nargs="+", metavar=("JOB_TYPE", "JSON"),
+                       help="run one job here and now with this data (- reads it from standard input), and exit")
+    group.add_argument("--hash-password", action="store_true", help="make a hash for the setting PASSWORD, and exit")
+    group.add_argument("--version", action="version", version=f"csp.py {__version__}",
+                       help="show the version, and exit")
+    group.add_argument("-h", "--help", action="help", help="show this help, and exit")
     return parser
 
 
