@@ -25,8 +25,8 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
-# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, html, importlib.util, inspect,
-# logging.handlers, multiprocessing, pickle, random, shlex, ssl, subprocess and urllib.request. Patterns that few need
+# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, importlib.util, inspect,
+# logging.handlers, multiprocessing, pickle, shlex, ssl, subprocess and urllib.request. Patterns that few need
 # are texts: re compiles them when they are used first, and keeps them.
 import argparse
 import atexit
@@ -36,7 +36,8 @@ import bisect
 import collections.abc
 import contextvars
 import functools
-import importlib
+import html
+import importlib.machinery
 import io
 import ipaddress
 import itertools
@@ -69,24 +70,29 @@ class _LateModule(types.ModuleType):
 
     def withdraw(self) -> None:
         """Let imports have the module itself from now on; who has got this one may keep it."""
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
+        with _withdrawing:
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+
+
+_withdrawing = threading.Lock()
 
 
 @contextmanager
 def _imported_late(*names: str) -> Iterator[None]:
     """Give the modules that are imported meanwhile stand-ins for these, unless they are there already."""
-    modules = {name: _LateModule(name) for name in names if name not in sys.modules}
-    sys.modules.update(modules)
+    made = [_LateModule(name) for name in names]
+    modules = [module for module in made if sys.modules.setdefault(module.__name__, module) is module]
     try:
         yield
     finally:
-        for module in modules.values():
+        for module in modules:
             module.withdraw()
 
 
-# These use them for what few starts need (ssl for HTTPSConnection alone): a fifth of the time of a start, and 5 MB.
-with _imported_late("calendar", "copy", "html", "mimetypes", "random", "shutil", "ssl", "textwrap", "tokenize"):
+# These use them for what few starts need (ssl for HTTPSConnection alone): a sixth of the time of a start, and 5 MB.
+with _imported_late("copy", "mimetypes", "random", "shutil", "textwrap", "tokenize",
+                    *["ssl"] if importlib.machinery.PathFinder.find_spec("_ssl") else []):
     import email.utils
     import http.client
     import logging
@@ -380,6 +386,11 @@ def is_same(given: str, wanted: str) -> bool:
 def make_token() -> str:
     """Return 256 random bits as text for addresses and cookies."""
     return base64.urlsafe_b64encode(os.urandom(32)).decode("ascii").rstrip("=")
+
+
+def jitter(most: float) -> float:
+    """Return a number from 1 to ``most``, so that what has failed together is not tried again together."""
+    return 1.0 + (most - 1.0) * os.urandom(1)[0] / 255
 
 
 def timestamp(instant: float) -> str:
@@ -2461,7 +2472,7 @@ class _CallbackConnections:
         def connect(connection: http.client.HTTPConnection) -> None:
             connection.sock = self._policy.connect(connection.host, connection.port, CALLBACK_SECONDS)
             self._opened(connection.sock)
-            if base is http.client.HTTPSConnection:
+            if base.default_port == http.client.HTTPS_PORT:
                 wrapped = self._context().wrap_socket(connection.sock, server_hostname=connection.host,
                                                       do_handshake_on_connect=False)
                 self._opened(wrapped)
@@ -2511,8 +2522,7 @@ def next_callback_at(attempts: int, answer: CallbackAnswer, now: float) -> Optio
     """Return when to try again after the ``attempts``-th attempt (epoch seconds), or None: never."""
     if answer.error is None or answer.is_final or attempts > len(RETRY_SECONDS):
         return None
-    import random
-    delay = RETRY_SECONDS[attempts - 1] * random.uniform(1.0, 1.1)
+    delay = RETRY_SECONDS[attempts - 1] * jitter(1.1)
     return now + max(delay, min(answer.retry_after_seconds, MAX_RETRY_AFTER_SECONDS))
 
 
@@ -2759,11 +2769,13 @@ def error_document(error: BaseException) -> str:
 
     ``as_dict`` and ``__str__`` are the job author's code and may do anything.
     """
+    message = type(error).__name__
     try:
         if not isinstance(error, JobError):
-            lines = traceback.format_exception(type(error), error, error.__traceback__)
             text = _safe_text(error)
-            message = type(error).__name__ + (f": {text}" if text else "")
+            message += f": {text}" if text else ""
+            traceback.clear_frames(error.__traceback__)  # what its functions hold may be all the memory there is
+            lines = traceback.format_exception(type(error), error, error.__traceback__)
             return to_json({"message": message, "traceback": clean("".join(lines))})
         document = error.as_dict()
         if isinstance(document, dict) and isinstance(document.get("message"), str):
@@ -2772,7 +2784,15 @@ def error_document(error: BaseException) -> str:
             return text
     except Exception:  # noqa: BLE001 - part of the job run, which has to end somehow
         log.debug("an error of type %s cannot describe itself", type(error).__name__)
-    return to_json({"message": _safe_text(getattr(error, "message", "")) or type(error).__name__})
+    return to_json({"message": _safe_text(getattr(error, "message", "")) or message})
+
+
+@functools.lru_cache(maxsize=1)
+def prepare_tracebacks() -> None:
+    """Import what traceback imports late: a job that has failed may have left no memory or no file descriptors."""
+    for name in ("ast", "textwrap", "tokenize"):
+        with suppress(Exception):
+            importlib.import_module(name)
 
 
 def _safe_text(value: Any) -> str:
@@ -2803,6 +2823,7 @@ def call_function(function: Callable[[str, Dict[str, Any]], Any], run: JobRun, r
                   streams: bool) -> Union[Outcome, Callable[[], Iterable[Any]]]:
     """Run the job's function to its outcome, whatever it does; if it ``streams``, a callable result is returned."""
     token = _current_run.set(run)
+    prepare_tracebacks()
     try:
         result = function(run.job_id, read_input())
         if streams and callable(result):
@@ -3499,6 +3520,7 @@ def serve_forks(descriptor: int) -> None:
 
 def _preload(wanted: Mapping[str, Any]) -> None:
     import gc
+    prepare_tracebacks()
     settle_in(wanted["place"])
     for function in wanted["functions"]:
         try:
@@ -3686,7 +3708,16 @@ def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Eng
         raise StartError(f"The executor {name} cannot be made: {type(error).__name__}: {_safe_text(error)}.") from error
 
 
+# What threads of the service import late. While one does it holds that module's lock, and a process that an executor
+# forks meanwhile has the lock without the thread: whatever imports the module there waits for ever.
+_IMPORTED_BY_THREADS = ("csv", "encodings.idna", "hashlib", "hmac", "inspect", "logging.handlers", "pickle", "shlex",
+                        "urllib.request")
+
+
 def _make_executor(factory: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Executor:
+    prepare_tracebacks()
+    for name in _IMPORTED_BY_THREADS:
+        importlib.import_module(name)
     executor = factory(settings)
     if not callable(getattr(executor, "submit", None)) or not callable(getattr(executor, "shutdown", None)):
         raise TypeError(f"it has returned {type(executor).__name__}, which is no concurrent.futures.Executor")
@@ -3968,7 +3999,11 @@ class Runner:
             self._work_elsewhere(job, job_type, run)
         else:
             outcome = run_function(job_type.function, run, job.read_input, job_type.synchronous)
-            self._conclude(job, job_type, run, outcome)
+            try:
+                self._conclude(job, job_type, run, outcome)
+            except Exception:  # noqa: BLE001 - a defect of ours must not leave the job pending and its place taken
+                log.exception("job %s: another attempt cannot be arranged", job.job_id)
+                self._end(job, outcome, run)
 
     def _conclude(self, job: Job, job_type: JobType, run: JobRun, outcome: Outcome) -> None:
         """Record how an attempt at a queued job has ended, or that there is another."""
@@ -3978,9 +4013,8 @@ class Runner:
             self._end(job, outcome, run)
 
     def _retry(self, job: Job, outcome: Outcome, run: JobRun) -> None:
-        import random
         pause = min(BACKOFF_SECONDS[0] * 2 ** min(job.failures, 20), BACKOFF_SECONDS[1])
-        delay = pause * random.uniform(1.0, BACKOFF_JITTER)
+        delay = pause * jitter(BACKOFF_JITTER)
         message = json.loads(outcome.error or "{}").get("message")
         self._requeue(job._replace(failures=job.failures + 1), time.time() + delay, run,
                       f"Attempt {job.attempts} failed ({message}); the next is in {delay:.1f} seconds.")
@@ -5226,7 +5260,6 @@ def render(template: str, **values: Any) -> Html:
 
 
 def _escape(value: Any) -> str:
-    import html
     if isinstance(value, Html):
         return value
     return "".join(map(_escape, value)) if isinstance(value, (list, tuple)) else html.escape(str(value))

@@ -838,7 +838,7 @@ class TestSource:
         done = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE_SECONDS)
         modules = set(json.loads(done.stdout.decode("ascii")))
         assert {"csp", "sqlite3", "http.server"} <= modules
-        late = {"calendar", "copy", "html", "random", "ssl", "textwrap", "tokenize"}
+        late = {"copy", "random", "ssl"}
         if sys.version_info >= (3, 9):  # http.server of 3.8 uses it when it is imported
             late |= {"mimetypes", "shutil"}
         late |= {"csv", "getpass", "hashlib", "hmac", "inspect", "logging.handlers", "multiprocessing", "pickle"}
@@ -853,7 +853,8 @@ class TestSource:
             ssl._create_default_https_context = ssl._create_unverified_context  # as jobs of old do
             assert http.client.HTTPSConnection("a")._context.verify_mode == ssl.CERT_NONE
             import email.utils, linecache
-            assert "@" in email.utils.make_msgid(domain="a") and email.utils.mktime_tz((1970, 1, 1) + (0,) * 7) == 0
+            assert "tokenize" not in sys.modules
+            assert "@" in email.utils.make_msgid(domain="a")
             assert linecache.getline(csp.__file__, 1).startswith("#!")"""
         done = subprocess.run(
             [sys.executable, "-I", "-W", "error", "-c", code, str(HERE)],
@@ -862,6 +863,44 @@ class TestSource:
             timeout=PATIENCE_SECONDS,
         )
         assert (done.stdout, done.returncode) == (b"", 0)
+
+    def test_a_module_that_is_used_while_others_have_its_stand_in_stays_imported(self):
+        code = """if True:
+            import sys; sys.path.insert(0, sys.argv[1]); import csp, csv
+            with csp._imported_late("colorsys", "csv", "fractions"):
+                import colorsys, fractions
+                stand_in = colorsys
+                assert sys.modules["csv"] is csv and colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0)
+                import colorsys
+                assert colorsys is not stand_in and stand_in.hsv_to_rgb is colorsys.hsv_to_rgb
+            assert sys.modules["colorsys"] is colorsys and "fractions" not in sys.modules
+            assert fractions.Fraction(1, 2) == 0.5 and sys.modules["fractions"].Fraction is fractions.Fraction"""
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code, str(HERE)], stderr=subprocess.PIPE, timeout=PATIENCE_SECONDS
+        )
+        assert (done.stderr, done.returncode) == (b"", 0)
+
+    def test_without_ssl_everything_but_https_works(self):
+        code = """if True:
+            import importlib.machinery, sys
+            class NoSsl:
+                def find_spec(name, path=None, target=None, find=importlib.machinery.PathFinder.find_spec):
+                    return None if name == "_ssl" else find(name, path, target)
+            importlib.machinery.PathFinder.find_spec = NoSsl.find_spec
+            sys.modules.pop("_ssl", None)
+            sys.path.insert(0, sys.argv[1]); import csp, http.client, threading, urllib.request
+            assert not hasattr(http.client, "HTTPSConnection")
+            service = csp.Service(csp.Settings({"SQLALCHEMY_DATABASE_URI": "sqlite://"}), csp.Registry())
+            server = csp.Server(service, "127.0.0.1", 0)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            assert urllib.request.urlopen(server.url + "status").status == 200
+            connections = csp._CallbackConnections(csp.CallbackPolicy([]), True, lambda opened: None)
+            assert csp._make_opener(connections).open(server.url + "status").status == 200
+            server.server_close(); service.close(0.0)"""
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code, str(HERE)], stderr=subprocess.PIPE, timeout=PATIENCE_SECONDS
+        )
+        assert (done.stderr.decode(), done.returncode) == ("", 0)
 
     def test_it_needs_no_file_but_itself(self, tmp_path):
         (tmp_path / "ckanserviceprovider.py").write_text(SOURCE, encoding="utf-8")
@@ -2877,8 +2916,8 @@ class TestConsole:
         browser.click("main button", "Submit").find("[role=status]", "Submitted.")
         path = browser.path
         console.registry.steps.put("WARNING")
-        eventually(lambda: browser.refresh() or "step 1 is WARNING" in "".join(browser.texts("#log li")))
-        assert "25 % number 1" in browser.read("#progress")
+        eventually(lambda: browser.refresh() or "25 % number 1" in browser.read("#progress"))
+        assert "step 1 is WARNING" in "".join(browser.texts("#log li"))
         browser.click("#level option", "error and above").click("main button", "Show")
         eventually(lambda: not browser.texts("#log li"))
         browser.click("#head button", "Cancel").find("[role=status]", "Told to stop")
@@ -5209,6 +5248,24 @@ class TestCrash:
             assert server.client.get("/status").status == 200
         assert server.terminate() == 0
 
+    def test_a_job_that_uses_up_the_descriptors_is_tried_again_and_told_why(self, launch):
+        server = launch("""
+            import os, resource, threading
+            import csp.job as job
+
+            @job.asynchronous(retries=1)
+            def leak(task_id, input):
+                kept = []
+                resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+                threading.Timer(1.0, lambda: [os.close(one) for one in kept]).start()
+                while True:
+                    kept.append(os.open(os.devnull, os.O_RDONLY))
+            """)
+        job = server.client.finish(server.client.submit("leak"))
+        assert (job["status"], job["attempts"]) == ("error", 2)
+        assert "Too many open files" in job["error"]["message"] and "in leak" in job["error"]["traceback"]
+        assert server.terminate() == 0
+
     def test_a_second_signal_ends_at_once(self, launch):
         server = launch(CRASH_MODULE, environ={"CSP_GRACE_SECONDS": "60"})
         job = server.client.submit("linger", True)
@@ -5702,6 +5759,19 @@ ENGINE_JOBS = """
     def hungry(task_id, input):
         return len(bytearray(input["data"]))
 
+    @job.asynchronous(memory_limit=2**28)
+    def full(task_id, input):
+        kept = []
+        try:
+            while True:
+                kept.append(bytes(1000))
+        except MemoryError:
+            raise MemoryError("no room")
+
+    @job.asynchronous
+    def modules(task_id, input):
+        return sorted(sys.modules)
+
     @job.asynchronous
     def large(task_id, input):
         return "x" * 10_000_000
@@ -6069,6 +6139,8 @@ class TestProcesses:
         client = engines("process").client
         assert client.finish(client.submit("hungry", 2**24))["data"] == 2**24
         assert client.finish(client.submit("hungry", 2**29))["error"]["message"] == "MemoryError"
+        error = client.finish(client.submit("full"))["error"]
+        assert error["message"] == "MemoryError: no room" and "in full" in error["traceback"]
 
     def test_a_thousand_jobs_leave_nothing_behind(self, engage):
         server = engage("process")
@@ -6122,6 +6194,18 @@ class TestProcesses:
         for job in [client.submit("work") for _ in range(5)]:
             assert client.finish(job)["status"] == "complete"
         assert counter.read_text() == "xx"  # in the service and in the server process
+
+    def test_a_pool_forks_only_when_nothing_is_imported_late_any_more(self, engage):
+        functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)]
+        nodes = [node for function in functions for node in ast.walk(function)]
+        late = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+        late |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        client = engage("pool").client
+        found = set(client.finish(client.submit("modules"))["data"])
+        assert {"csv", "hashlib", "urllib.request"} <= late
+        only_main_thread = {"difflib", "fcntl", "getpass", "importlib.util", "resource"}
+        only_process = {"gc"}
+        assert late - found - only_main_thread - only_process == set()
 
     def test_processes_are_spawned_where_there_is_no_fork(self, monkeypatch):
         monkeypatch.delattr(os, "fork")
@@ -7225,6 +7309,18 @@ class TestTrouble:
 
             monkeypatch.setattr(store, name, fail)
         return lambda: is_ill.__setitem__(0, False)
+
+    def test_a_job_whose_next_attempt_cannot_be_arranged_ends_with_its_error(self, start, monkeypatch):
+        monkeypatch.setattr(csp.Runner, "_retry", lambda *_: 1 / 0)
+        registry = csp.Registry()
+
+        @registry.asynchronous(retries=1)
+        def flaky(task_id, input):
+            raise ValueError("the first attempt")
+
+        client = start(registry).client
+        job = client.finish(client.submit("flaky"))
+        assert (job["error"]["message"], job["attempts"]) == ("ValueError: the first attempt", 1)
 
     def test_what_was_running_is_taken_up_when_a_disk_that_was_ill_at_the_start_is_well_again(
         self, start, gate, monkeypatch
