@@ -70,9 +70,10 @@ class _LateModule(types.ModuleType):
 
     def withdraw(self) -> None:
         """Let imports have the module itself from now on; who has got this one may keep it."""
-        with _withdrawing:
-            if sys.modules.get(self.__name__) is self:
-                del sys.modules[self.__name__]
+        if sys.modules.get(self.__name__) is self:  # a process forked while the lock is held must not need it
+            with _withdrawing:
+                if sys.modules.get(self.__name__) is self:
+                    del sys.modules[self.__name__]
 
 
 _withdrawing = threading.Lock()
@@ -2774,23 +2775,36 @@ def error_document(error: BaseException) -> str:
         if not isinstance(error, JobError):
             text = _safe_text(error)
             message += f": {text}" if text else ""
-            traceback.clear_frames(error.__traceback__)  # what its functions hold may be all the memory there is
+            _free_memory(error)
             lines = traceback.format_exception(type(error), error, error.__traceback__)
             return to_json({"message": message, "traceback": clean("".join(lines))})
+        message = _safe_text(getattr(error, "message", "")) or message
         document = error.as_dict()
         if isinstance(document, dict) and isinstance(document.get("message"), str):
             text = to_json(document)
             _check_depth(text.encode("utf-8"))
             return text
-    except Exception:  # noqa: BLE001 - part of the job run, which has to end somehow
+    except BaseException:  # noqa: BLE001 - part of the job run, which has to end somehow
         log.debug("an error of type %s cannot describe itself", type(error).__name__)
-    return to_json({"message": _safe_text(getattr(error, "message", "")) or message})
+    return to_json({"message": message})
+
+
+def _free_memory(error: Optional[BaseException]) -> None:
+    """Clear the frames of a MemoryError in the chain: what its functions hold may be all the memory there is."""
+    seen: Set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError):
+            traceback.clear_frames(error.__traceback__)
+        error = error.__context__ if error.__cause__ is None else error.__cause__
 
 
 @functools.lru_cache(maxsize=1)
-def prepare_tracebacks() -> None:
-    """Import what traceback imports late: a job that has failed may have left no memory or no file descriptors."""
-    for name in ("ast", "textwrap", "tokenize"):
+def prepare_for_shortage() -> None:
+    """Import what is needed late once a job has used up memory or file descriptors: to describe and log its failure,
+    and to check the key of who asks for it.
+    """
+    for name in ("ast", "encodings.unicode_escape", "hmac", "textwrap", "tokenize"):
         with suppress(Exception):
             importlib.import_module(name)
 
@@ -2799,7 +2813,7 @@ def _safe_text(value: Any) -> str:
     """Return ``str(value)``; where that raises or is no string, nothing."""
     try:
         return clean(str(value))
-    except Exception:  # noqa: BLE001 - part of the job run: __str__ is the job author's code
+    except BaseException:  # noqa: BLE001 - part of the job run: __str__ is the job author's code
         return ""
 
 
@@ -2823,7 +2837,7 @@ def call_function(function: Callable[[str, Dict[str, Any]], Any], run: JobRun, r
                   streams: bool) -> Union[Outcome, Callable[[], Iterable[Any]]]:
     """Run the job's function to its outcome, whatever it does; if it ``streams``, a callable result is returned."""
     token = _current_run.set(run)
-    prepare_tracebacks()
+    prepare_for_shortage()
     try:
         result = function(run.job_id, read_input())
         if streams and callable(result):
@@ -3520,7 +3534,7 @@ def serve_forks(descriptor: int) -> None:
 
 def _preload(wanted: Mapping[str, Any]) -> None:
     import gc
-    prepare_tracebacks()
+    prepare_for_shortage()
     settle_in(wanted["place"])
     for function in wanted["functions"]:
         try:
@@ -3710,12 +3724,11 @@ def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Eng
 
 # What threads of the service import late. While one does it holds that module's lock, and a process that an executor
 # forks meanwhile has the lock without the thread: whatever imports the module there waits for ever.
-_IMPORTED_BY_THREADS = ("csv", "encodings.idna", "hashlib", "hmac", "inspect", "logging.handlers", "pickle", "shlex",
-                        "urllib.request")
+_IMPORTED_BY_THREADS = ("_strptime", "csv", "encodings.idna", "inspect", "shlex", "urllib.request")
 
 
 def _make_executor(factory: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Executor:
-    prepare_tracebacks()
+    prepare_for_shortage()
     for name in _IMPORTED_BY_THREADS:
         importlib.import_module(name)
     executor = factory(settings)
@@ -3999,18 +4012,16 @@ class Runner:
             self._work_elsewhere(job, job_type, run)
         else:
             outcome = run_function(job_type.function, run, job.read_input, job_type.synchronous)
-            try:
-                self._conclude(job, job_type, run, outcome)
-            except Exception:  # noqa: BLE001 - a defect of ours must not leave the job pending and its place taken
-                log.exception("job %s: another attempt cannot be arranged", job.job_id)
-                self._end(job, outcome, run)
+            self._conclude(job, job_type, run, outcome)
 
     def _conclude(self, job: Job, job_type: JobType, run: JobRun, outcome: Outcome) -> None:
         """Record how an attempt at a queued job has ended, or that there is another."""
         if outcome.may_retry and job.failures < job_type.retries and not run.cancelled.is_set():
-            self._retry(job, outcome, run)
-        else:
-            self._end(job, outcome, run)
+            try:
+                return self._retry(job, outcome, run)
+            except Exception:  # noqa: BLE001 - a defect of ours must not leave the job pending and its place taken
+                log.exception("job %s: another attempt cannot be arranged", job.job_id)
+        self._end(job, outcome, run)
 
     def _retry(self, job: Job, outcome: Outcome, run: JobRun) -> None:
         pause = min(BACKOFF_SECONDS[0] * 2 ** min(job.failures, 20), BACKOFF_SECONDS[1])
@@ -7392,6 +7403,7 @@ def configure_logging(settings: Settings) -> None:
             raise StartError(f"The log file {settings['LOG_FILE']} cannot be written: {error.strerror}.") from None
     if settings["ADMINS"]:
         from logging.handlers import SMTPHandler
+        importlib.import_module("smtplib")  # or the handler does it, when something has gone wrong
         mail = SMTPHandler("127.0.0.1", settings["FROM_EMAIL"], list(settings["ADMINS"]), f"{settings['NAME']}: error")
         mail.setLevel(logging.ERROR)
         handlers.append(mail)

@@ -39,6 +39,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+import weakref
 import zlib
 from pathlib import Path
 
@@ -832,12 +833,16 @@ class TestSource:
 
     def test_a_start_imports_only_what_it_needs(self, tmp_path):
         (tmp_path / "seen.py").write_text(
-            "import csp, sys\n@csp.job.synchronous\ndef seen(task_id, input):\n    return sorted(sys.modules)\n"
+            "import csp, sys\nprepare = csp.prepare_for_shortage\nseen = []\n"
+            "csp.prepare_for_shortage = lambda: (seen.append(sorted(sys.modules)), prepare())\n"
+            "@csp.job.synchronous\ndef see(task_id, input):\n    return [*seen, sorted(sys.modules)]\n"
         )
-        command = [sys.executable, "-I", "-S", HERE / "csp.py", "--jobs", tmp_path / "seen.py", "--run", "seen"]
+        command = [sys.executable, "-I", "-S", HERE / "csp.py", "--jobs", tmp_path / "seen.py", "--run", "see"]
         done = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE_SECONDS)
-        modules = set(json.loads(done.stdout.decode("ascii")))
+        modules, modules_of_job = map(set, json.loads(done.stdout.decode("ascii")))
         assert {"csp", "sqlite3", "http.server"} <= modules
+        in_shortage = {"ast", "encodings.unicode_escape", "hmac", "textwrap", "tokenize"}
+        assert in_shortage & modules <= {"encodings.unicode_escape"} and in_shortage <= modules_of_job
         late = {"copy", "random", "ssl"}
         if sys.version_info >= (3, 9):  # http.server of 3.8 uses it when it is imported
             late |= {"mimetypes", "shutil"}
@@ -863,6 +868,15 @@ class TestSource:
             timeout=PATIENCE_SECONDS,
         )
         assert (done.stdout, done.returncode) == (b"", 0)
+
+    def test_a_child_that_was_forked_while_a_stand_in_was_withdrawn_can_describe_an_error(self):
+        csp.prepare_for_shortage()
+        documents = []
+        with csp._withdrawing:
+            thread = threading.Thread(target=lambda: documents.append(csp.error_document(ValueError("x"))), daemon=True)
+            thread.start()
+            thread.join(PATIENCE_SECONDS)
+            assert documents
 
     def test_a_module_that_is_used_while_others_have_its_stand_in_stays_imported(self):
         code = """if True:
@@ -1684,6 +1698,26 @@ class NoJson(csp.JobError):
         return {"message": self.message, "detail": {1, 2}}
 
 
+class Silent(csp.JobError):
+    """A JobError that does not tell its message."""
+
+    message = property(lambda self: 1 / 0, lambda self, value: None)
+
+
+class Leaving(Exception):
+    """An exception that wants to end the program when it is asked what it is."""
+
+    def __str__(self):
+        sys.exit(3)
+
+
+class LeavingVerdict(csp.JobError):
+    """A JobError that wants to end the program when it is asked what it is."""
+
+    def as_dict(self):
+        sys.exit(3)
+
+
 class Unprintable(Exception):
     """An exception that has neither str nor repr."""
 
@@ -1912,8 +1946,10 @@ class TestJobs:
             (HTTPError("gone", 410), {"message": "gone", "HTTP status code": 410, "Response": "ü"}),
             (MissingDetail("broken"), {"message": "broken"}),
             (NoJson("broken"), {"message": "broken"}),
+            (Silent("broken"), {"message": "Silent"}),
+            (LeavingVerdict("broken"), {"message": "broken"}),
         ],
-        ids=["message", "no string", "None", "lone surrogate", "DataPusher", "as_dict raises", "as_dict is not JSON"],
+        ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
     )
     @pytest.mark.parametrize("is_synchronous", [True, False], ids=["synchronous", "asynchronous"])
     def test_a_job_error_is_shown_as_it_describes_itself(self, start, error, document, is_synchronous):
@@ -1935,6 +1971,8 @@ class TestJobs:
             (KeyboardInterrupt(), "KeyboardInterrupt"),
             (Unprintable("x"), "Unprintable"),
             (Exception(Unprintable("x")), "Exception"),
+            (Leaving("x"), "Leaving"),
+            (Exception(Leaving("x")), "Exception"),
             (csp.StartError("x"), "StartError: x"),
             (csp.Conflict("x"), "Conflict: x"),
             (RecursionError("x"), "RecursionError: x"),
@@ -1947,6 +1985,40 @@ class TestJobs:
         assert job["status"] == "error" and set(job["error"]) == {"message", "traceback"}
         assert job["error"]["message"].startswith(message)
         assert "raise error" in job["error"]["traceback"]
+
+    @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python makes no suggestions yet")
+    def test_a_traceback_has_the_suggestions_that_python_makes(self, start):
+        def work(task_id, input):
+            value = 1
+            return valeu + value  # noqa: F821 - that is the point
+
+        client = start(registry_of(work), path=None).client
+        error = client.finish(client.submit("work"))["error"]
+        assert "Did you mean: 'value'?" in error["traceback"]
+
+    @pytest.mark.parametrize("kind", [MemoryError, ValueError])
+    def test_only_what_functions_hold_that_ran_out_of_memory_is_let_go_before_the_traceback_is_made(self, kind):
+        class Kept:
+            pass
+
+        held = []
+
+        def fill():
+            kept = Kept()
+            held.append(weakref.ref(kept))
+            raise kind("full")
+
+        try:
+            try:
+                fill()
+            except kind:
+                raise RuntimeError("no room")
+        except RuntimeError as raised:
+            error = raised
+        error.__context__.__context__ = error
+        document = json.loads(csp.error_document(error))
+        assert document["message"] == "RuntimeError: no room" and "in fill" in document["traceback"]
+        assert (held[0]() is None) is (kind is MemoryError)
 
     @pytest.mark.parametrize(
         "result",
@@ -5257,9 +5329,11 @@ class TestCrash:
             def leak(task_id, input):
                 kept = []
                 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-                threading.Timer(1.0, lambda: [os.close(one) for one in kept]).start()
-                while True:
-                    kept.append(os.open(os.devnull, os.O_RDONLY))
+                try:
+                    while True:
+                        kept.append(os.open(os.devnull, os.O_RDONLY))
+                finally:
+                    threading.Timer(1.0, lambda: [os.close(one) for one in kept]).start()
             """)
         job = server.client.finish(server.client.submit("leak"))
         assert (job["status"], job["attempts"]) == ("error", 2)
@@ -5770,10 +5844,6 @@ ENGINE_JOBS = """
             raise MemoryError("no room")
 
     @job.asynchronous
-    def modules(task_id, input):
-        return sorted(sys.modules)
-
-    @job.asynchronous
     def large(task_id, input):
         return "x" * 10_000_000
 
@@ -5788,6 +5858,20 @@ FACTORIES = """
 
     def pool(settings):
         return concurrent.futures.ProcessPoolExecutor(settings["WORKERS"])
+
+    def watched(settings):
+        "A pool, and a file that says what the service imports from now on, and in which thread."
+        import sys, threading
+        service = os.getpid()
+
+        def note(event, arguments):
+            if event == "import" and os.getpid() == service:
+                with open("imports", "a") as file:
+                    file.write(f"{arguments[0]} {threading.current_thread().name}\\n")
+
+        executor = pool(settings)
+        sys.addaudithook(note)
+        return executor
 
     def loky(settings):
         import loky
@@ -6196,17 +6280,26 @@ class TestProcesses:
             assert client.finish(job)["status"] == "complete"
         assert counter.read_text() == "xx"  # in the service and in the server process
 
-    def test_a_pool_forks_only_when_nothing_is_imported_late_any_more(self, engage):
-        functions = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.FunctionDef)]
-        nodes = [node for function in functions for node in ast.walk(function)]
-        late = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
-        late |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        client = engage("pool").client
-        found = set(client.finish(client.submit("modules"))["data"])
-        assert {"csv", "hashlib", "urllib.request"} <= late
-        only_main_thread = {"difflib", "fcntl", "getpass", "importlib.util", "resource"}
-        only_process = {"gc"}
-        assert late - found - only_main_thread - only_process == set()
+    def test_a_pool_forks_only_when_nothing_is_imported_any_more(self, engage, tmp_path, receiver):
+        receiver.answers = lambda number: (500, {})
+        client = engage("watched").client
+        for job_type in ("succeed", "broken", "verdict", "binary", "lines", "flaky"):
+            data, metadata = 3 if job_type == "lines" else str(tmp_path / "flaky"), {"mimetype": "text/csv"}
+            job = client.submit(job_type, data, result_url=receiver.url, metadata=metadata)
+            client.finish(job)
+            for path in ("", "/logs", "/data"):
+                for accept in ("text/html", "application/json"):
+                    client.get(f"/job/{job['job_id']}{path}", key=job["job_key"], Accept=accept)
+        client.submit("succeed", result_url=receiver.url.replace("127.0.0.1", "localhost"))
+        client.post("/job", {"job_type": "verdict", "api_key": "k", "result_url": "nonsense"})
+        routes = [route.path for route in (*csp.ROUTES, *csp.CONSOLE_ROUTES) if route.method == "GET"]
+        for path in [*routes, "/job?_status=error&kind=%C3%BC"]:
+            for accept in ("text/html", "application/json"):
+                for key in (SECURE_KEY, "Basic YTpi"):
+                    client.get(path.replace("<job_id>", "none"), key=key, Accept=accept)
+        receiver.wait(7)
+        imported = (tmp_path / "imports").read_text().splitlines()
+        assert [line for line in imported if not line.startswith("multiprocessing.")] == []  # which the pool imports
 
     def test_processes_are_spawned_where_there_is_no_fork(self, monkeypatch):
         monkeypatch.delattr(os, "fork")
@@ -7311,15 +7404,17 @@ class TestTrouble:
             monkeypatch.setattr(store, name, fail)
         return lambda: is_ill.__setitem__(0, False)
 
-    def test_a_job_whose_next_attempt_cannot_be_arranged_ends_with_its_error(self, start, monkeypatch):
-        monkeypatch.setattr(csp.Runner, "_retry", lambda *_: 1 / 0)
-        registry = csp.Registry()
+    @pytest.mark.parametrize("executor", ["thread", "process"])
+    def test_a_job_whose_next_attempt_cannot_be_arranged_ends_with_its_error(self, launch, executor):
+        module = """
+            import csp
+            csp.Runner._retry = lambda *_: 1 / 0
 
-        @registry.asynchronous(retries=1)
-        def flaky(task_id, input):
-            raise ValueError("the first attempt")
-
-        client = start(registry).client
+            @csp.job.asynchronous(retries=1)
+            def flaky(task_id, input):
+                raise ValueError("the first attempt")
+            """
+        client = launch(module, environ={"CSP_EXECUTOR": executor}).client
         job = client.finish(client.submit("flaky"))
         assert (job["error"]["message"], job["attempts"]) == ("ValueError: the first attempt", 1)
 
