@@ -2012,7 +2012,7 @@ class TestJobs:
             try:
                 fill()
             except kind:
-                raise RuntimeError("no room")
+                raise RuntimeError("no room")  # noqa: B904 - with what led to it
         except RuntimeError as raised:
             error = raised
         error.__context__.__context__ = error
