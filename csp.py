@@ -309,12 +309,16 @@ _TOO_DEEP = rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1)  # seen at once; the rest takes
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = r"\\u[dD][89a-fA-F]"
 _quote = json.encoder.encode_basestring  # a string as JSON text, many times faster than an encoder
-_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
+_json_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+_make_parts: Any = getattr(json.encoder, "c_make_encoder", None)  # CPython's; ``encode`` makes one for every call
+_json_parts: Callable[[Any, int], Iterable[str]] = (
+    _make_parts(None, _json_encoder.default, _quote, None, ": ", ", ", False, False, False) if _make_parts
+    else lambda value, _: _json_encoder.iterencode(value))
 
 
 def to_json(value: Any) -> str:
     """Return ``value`` as JSON text that UTF-8 can carry; raise ValueError, TypeError or RecursionError if none is."""
-    text = _quote(value) if type(value) is str else _encode_json(value)
+    text = _quote(value) if type(value) is str else "".join(_json_parts(value, 0))
     if not text.isascii():
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return text
@@ -6690,6 +6694,7 @@ ACCESS_LOG_SECONDS = 0.2  # between writes of what has been requested
 SPARE_THREAD_SECONDS = 5.0  # how long a connection thread waits for another connection
 RECEIVE_BYTES = 65_536
 LARGE_BYTES = 2**20  # what is larger is not copied more than need be
+KEPT_HEAD_BYTES = 4096  # clients repeat their heads: up to this size one is compared before it is parsed again
 
 _REQUEST_LINE = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])")
 _FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
@@ -6833,6 +6838,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
         _set_socket_timeout(self.connection, socket.SO_SNDTIMEO, self._limits.send_seconds)
         self._buffer = bytearray()
         self._head: Optional[Head] = None
+        self._last_head: Tuple[bytes, Optional[Head]] = b"", None
         self.is_idle, self.idle_since = True, time.monotonic()
         self.server.enter(self)
 
@@ -6866,7 +6872,11 @@ class RequestHandler(socketserver.BaseRequestHandler):
         try:
             raw = self._read_head()
             started = time.monotonic()
-            self._head = head = parse_head(raw, self._limits)
+            known, last_head = self._last_head
+            if raw != known or last_head is None:  # else it says what the one before it said
+                last_head = parse_head(raw, self._limits)
+                self._last_head = (raw, last_head) if len(raw) <= KEPT_HEAD_BYTES else (b"", None)
+            self._head = head = last_head
             body = self._read_body(head)
         except CspError as error:
             self._send(Response.error(error), keeps_alive=False)

@@ -1727,6 +1727,10 @@ class Unprintable(Exception):
     __repr__ = __str__
 
 
+ENDLESS = []  # holds itself
+ENDLESS.append({"again": ENDLESS})
+
+
 def raising(error):
     """Return a job function that raises ``error``."""
 
@@ -2029,9 +2033,10 @@ class TestJobs:
             "\ud800",
             [b"bytes"],
             {(1, 2): 3},
+            ENDLESS,
             pytest.param(10**5000, marks=BOUNDED_NUMBERS),
         ],
-        ids=["set", "object", "nan", "lone surrogate", "bytes inside", "tuple as key", "5,000 digits"],
+        ids=["set", "object", "nan", "lone surrogate", "bytes inside", "tuple as key", "endless", "5,000 digits"],
     )
     def test_a_result_that_is_not_json_is_an_error_that_says_so(self, start, result):
         client = start(registry_of(lambda task_id, input: result), path=None).client
@@ -4406,6 +4411,30 @@ class TestWire:
             length(SIZE) * 3 + field(b"X: 1") + b"GET /nothing HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
         )
         assert re.findall(rb"HTTP/1.1 (\d+) ", answers) == [b"200", b"200", b"200", b"200", b"404"]
+
+    def test_a_head_like_the_one_before_is_not_parsed_again_and_its_request_is_answered_for_itself(
+        self, wire, monkeypatch
+    ):
+        parse, parsed = csp.parse_head, []
+        monkeypatch.setattr(csp, "parse_head", lambda raw, limits: (parsed.append(raw), parse(raw, limits))[1])
+
+        def request(path, more=b"", body=b""):
+            framing = b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body) if body else b""
+            return b"%s HTTP/1.1\r\nHost: a\r\n%b%b\r\n%b" % (path, framing, more, body)
+
+        status, unknown = request(b"GET /status"), request(b"GET /nothing")
+        bodies = [b'{"job_type": "%s", "api_key": "k"}' % kind for kind in (b"wrong1", b"wrong2")]
+        first, second = (request(b"POST /job", body=body) for body in bodies)
+        long = request(b"GET /status", b"X: " + b"x" * csp.KEPT_HEAD_BYTES + b"\r\n")
+        last = request(b"GET /nothing", b"Connection: close\r\n")
+        answers = raw_exchange(
+            wire.server.url, status * 2 + unknown + status + first + second + long * 2 + unknown * 2 + last
+        )
+        statuses = [int(text) for text in re.findall(rb"HTTP/1.1 (\d+) ", answers)]
+        assert statuses == [200, 200, 404, 200, 409, 409, 200, 200, 404, 404, 404]
+        assert [name in answers for name in (b"wrong1 not", b"wrong2 not")] == [True, True]
+        wanted = [status, unknown, status, first, long, long, unknown, last]
+        assert parsed == [data.partition(b"\r\n\r\n")[0] for data in wanted]
 
     def test_100_continue_is_sent_once_and_only_when_the_body_is_awaited(self, wire):
         parts = urllib.parse.urlsplit(wire.server.url)
