@@ -739,12 +739,17 @@ class Metric:
             counts[bisect.bisect_left(self._buckets, value) if self._buckets else 0] += 1
             self._sums[labels] += value
 
+    def totals(self) -> List[Tuple[Labels, float]]:
+        """Return how many were counted for each set of labels."""
+        with self._lock:
+            return [(labels, sum(counts)) for labels, counts in sorted(self._counts.items())]
+
     def lines(self) -> List[str]:
         """Return the metric in the text format."""
+        if not self._buckets:
+            return metric_lines(self.name, "counter", self._help, self.totals())
         with self._lock:
             rows = [(labels, list(counts), self._sums[labels]) for labels, counts in sorted(self._counts.items())]
-        if not self._buckets:
-            return metric_lines(self.name, "counter", self._help, [(labels, total) for labels, _, total in rows])
         lines = metric_lines(self.name, "histogram", self._help, [])
         for labels, counts, total in rows:
             sums = itertools.accumulate(counts)
@@ -775,13 +780,13 @@ class Metrics:
                            JOB_BUCKETS)
         self.requests = Metric("csp_request_duration_seconds", "Time to answer requests, streams not included.",
                                REQUEST_BUCKETS)
-        self.responses = Metric("csp_responses_total", "Answers by route and status.")
         self.callbacks = Metric("csp_callback_attempts_total", "Attempts at callbacks by result.")
 
     def render(self, now: List[str]) -> str:
         """Return everything in the text format, with the lines of what is the case ``now``."""
-        metrics = (self.jobs, self.requests, self.responses, self.callbacks)
-        return "\n".join([*now, *itertools.chain.from_iterable(metric.lines() for metric in metrics), ""])
+        responses = metric_lines("csp_responses_total", "counter", "Answers by route and status.",
+                                 self.requests.totals())
+        return "\n".join([*now, *self.jobs.lines(), *self.requests.lines(), *responses, *self.callbacks.lines(), ""])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5827,6 +5832,12 @@ _BAD_ID = r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]"
 _STATUS_LABELS = {status: ("status", str(status)) for status in map(int, http.HTTPStatus)}
 
 
+@functools.lru_cache(maxsize=1)  # asked for again and again by monitors, and mostly the same
+def _render_status(name: str, job_types: Tuple[str, ...], stats: Tuple[Tuple[str, int], ...]) -> bytes:
+    return to_json({"version": API_VERSION, "job_types": list(job_types), "name": name,
+                    "stats": dict(stats)}).encode("utf-8")
+
+
 class Submission(NamedTuple):
     """A submitted body, checked; ``data`` and ``metadata`` are JSON texts, None where not given.
 
@@ -6009,9 +6020,9 @@ class Service:
         """Answer a request; never raises."""
         started = time.perf_counter()
         route, response = self._answer(request)
-        labels = (("method", route.method), ("route", route.path)) if route else (("method", ""), ("route", ""))
-        self.metrics.requests.add(labels, time.perf_counter() - started)
-        self.metrics.responses.add((*labels, _STATUS_LABELS[response.status]))
+        method, path = (route.method, route.path) if route else ("", "")
+        self.metrics.requests.add((("method", method), ("route", path), _STATUS_LABELS[response.status]),
+                                  time.perf_counter() - started)
         if self.settings["CORS_ORIGINS"]:
             response.headers += self._cors_headers(request)
         return response
@@ -6085,8 +6096,8 @@ class Service:
 
     def show_status(self, request: Request) -> Response:
         """Show version, job types, name and how many jobs there are."""
-        return Response.json({"version": API_VERSION, "job_types": self.registry.names(),
-                              "name": self.settings["NAME"], "stats": self.store.count_jobs()})
+        return Response(200, _render_status(self.settings["NAME"], tuple(self.registry.names()),
+                                            tuple(self.store.count_jobs().items())))
 
     # -- login
 

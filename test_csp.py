@@ -10509,7 +10509,7 @@ class TestMetrics:
         assert build[1] == 1 and dict(build[0])["version"] == csp.__version__
         posted = {"method": "POST", "route": "/job"}
         assert value_of(samples, "csp_responses_total", status="200", **posted) == 12
-        assert value_of(samples, "csp_request_duration_seconds_count", **posted) == 12
+        assert value_of(samples, "csp_request_duration_seconds_count", status="200", **posted) == 12
         gate.open.set()
         eventually(lambda: value_of(metrics_of(client), count, job_type="wait", status="complete") == 4)
         samples = metrics_of(client)
