@@ -60,6 +60,11 @@ import weakref
 from collections import deque, namedtuple
 from contextlib import ExitStack, contextmanager, suppress
 
+try:  # what hmac gives, without the OpenSSL that it loads: 3.6 MB
+    from _operator import _compare_digest as compare_digest
+except ImportError:
+    from hmac import compare_digest  # type: ignore[no-redef]
+
 
 class _LateModule(types.ModuleType):
     """Stands for the module of that name, which is imported when something of it is used."""
@@ -384,7 +389,6 @@ def sign(key: bytes, message: bytes) -> bytes:
 
 def is_same(given: str, wanted: str) -> bool:
     """Return whether two secrets are the same, in a time that does not tell how nearly."""
-    from hmac import compare_digest
     return compare_digest(given.encode("utf-8", "replace"), wanted.encode("utf-8", "replace"))
 
 
@@ -2810,10 +2814,8 @@ def _free_memory(error: Optional[BaseException]) -> None:
 
 @functools.lru_cache(maxsize=1)
 def prepare_for_shortage() -> None:
-    """Import what is needed late once a job has used up memory or file descriptors: to describe and log its failure,
-    and to check the key of who asks for it.
-    """
-    for name in ("ast", "encodings.unicode_escape", "hmac", "textwrap", "tokenize"):
+    """Import what describing and logging a failure needs late: a job may have left no memory or file descriptors."""
+    for name in ("ast", "encodings.unicode_escape", "textwrap", "tokenize"):
         with suppress(Exception):
             importlib.import_module(name)
 
@@ -3733,7 +3735,7 @@ def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Eng
 
 # What threads of the service import late. While one does it holds that module's lock, and a process that an executor
 # forks meanwhile has the lock without the thread: whatever imports the module there waits for ever.
-_IMPORTED_BY_THREADS = ("_strptime", "csv", "encodings.idna", "inspect", "shlex", "urllib.request")
+_IMPORTED_BY_THREADS = ("_strptime", "csv", "encodings.idna", "hashlib", "hmac", "inspect", "shlex", "urllib.request")
 
 
 def _make_executor(factory: Callable[[Mapping[str, Any]], Any], settings: Mapping[str, Any]) -> Executor:
@@ -4644,13 +4646,12 @@ def hash_password(password: str) -> str:
 def _matches_hash(password: bytes, hashed: str) -> bool:
     """Return whether ``password`` gives the hash; raise ValueError if that is not a hash of ours."""
     import hashlib
-    import hmac
     _, n, r, p, salt, key = hashed.split("$")
     wanted = base64.b64decode(key, validate=True)
     with _scrypt_turns:
         given = hashlib.scrypt(password, salt=base64.b64decode(salt, validate=True), n=int(n), r=int(r), p=int(p),
                                dklen=len(wanted))
-    return hmac.compare_digest(given, wanted)
+    return compare_digest(given, wanted)
 
 
 class Secret:
