@@ -25,6 +25,11 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until the program itself is there: no collection has to look at that, now or later
+
 # What few starts need is imported where it is used: csv, getpass, hashlib, hmac, importlib.util, inspect,
 # logging.handlers, multiprocessing, pickle, shlex, ssl, subprocess and urllib.request. Patterns that few need
 # are texts: re compiles them when they are used first, and keeps them.
@@ -7789,6 +7794,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     become("csp")
     become("ckanserviceprovider")
     sys.exit(main())

@@ -618,7 +618,7 @@ STANDARD_LIBRARY = getattr(
     sys,
     "stdlib_module_names",
     frozenset(
-        """ atexit gc multiprocessing pickle resource
+        """ _operator atexit gc multiprocessing pickle resource
     __future__ argparse ast base64 binascii bisect collections concurrent contextlib contextvars copy csv datetime
     difflib email errno
     fcntl functools getpass hashlib heapq hmac html http importlib inspect io ipaddress itertools json logging math
@@ -861,6 +861,24 @@ class TestSource:
         first = server.client.submit("see")
         assert server.client.show(first)["status"] == "complete"
         assert {"_hashlib", "hashlib", "hmac"}.isdisjoint(server.client.submit("see")["data"])
+
+    def test_the_collector_works_for_jobs_and_passes_over_the_program_itself(self, launch):
+        server = launch("""
+            import gc, weakref
+            import csp.job as job
+            Cycle = type("Cycle", (), {})
+            dropped = Cycle()
+            dropped.itself, seen = dropped, weakref.ref(dropped)
+            del dropped
+
+            @job.synchronous
+            def collect(task_id, input):
+                gc.collect()
+                return [gc.isenabled(), gc.get_freeze_count() > 5000, seen() is None]
+            """)
+        assert server.client.submit("collect")["data"] == [True, True, True]
+        code = "import gc, csp; print(gc.isenabled(), gc.get_freeze_count())"
+        assert run_command("-c", code, program=(), cwd=HERE).stdout == "True 0\n"
 
     def test_what_other_modules_import_late_is_the_module_itself_to_them_and_to_everyone(self):
         code = """if True:
