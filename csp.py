@@ -319,16 +319,12 @@ _TOO_DEEP = rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1)  # seen at once; the rest takes
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE_ESCAPE = r"\\u[dD][89a-fA-F]"
 _quote = json.encoder.encode_basestring  # a string as JSON text, many times faster than an encoder
-_json_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
-_make_parts: Any = getattr(json.encoder, "c_make_encoder", None)  # CPython's; ``encode`` makes one for every call
-_json_parts: Callable[[Any, int], Iterable[str]] = (
-    _make_parts(None, _json_encoder.default, _quote, None, ": ", ", ", False, False, False) if _make_parts
-    else lambda value, _: _json_encoder.iterencode(value))
+_encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
 
 
 def to_json(value: Any) -> str:
     """Return ``value`` as JSON text that UTF-8 can carry; raise ValueError, TypeError or RecursionError if none is."""
-    text = _quote(value) if type(value) is str else "".join(_json_parts(value, 0))
+    text = _quote(value) if type(value) is str else _encode_json(value)
     if not text.isascii():
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return text

@@ -35,6 +35,7 @@ import sys
 import textwrap
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -2073,6 +2074,18 @@ class TestJobs:
         client = start(registry_of(lambda task_id, input: result), path=None).client
         job = client.finish(client.submit("work"))
         assert job["status"] == "error" and "not JSON" in job["error"]["message"]
+
+    def test_a_result_in_a_circle_is_noticed_before_it_is_written_a_thousand_times(self):
+        text = "x" * 1_000_000
+        circle = [text]
+        circle.append(circle)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="Circular reference"):
+                csp.encode_result(circle)
+            assert tracemalloc.get_traced_memory()[1] < 20 * len(text)
+        finally:
+            tracemalloc.stop()
 
     # -- its log
 
