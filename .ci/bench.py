@@ -1,13 +1,14 @@
 """Measure csp.py beside ckanserviceprovider 1.2.0 and beside the least Python that could do the same work.
 
 ``python .ci/bench.py [--peer PYTHON] [--rounds 3] [--seconds 3] [--only NAME,...] [--quick] [--json FILE]``; PYTHON is
-that of a virtual environment with ckanserviceprovider==1.2.0 and, if there, gunicorn and waitress. Requests are made by
-``wrk`` (Debian's package), else by processes of this file. Only ratios mean anything: it runs the programs in turns,
-several times, and prints medians. The floors are the least Python that does the work, with no check and no feature: a
-threaded socket loop that parses each head into a dictionary and answers always the same (``constant``); that loop with
-JSON in and out, ids, times, and for each submission the row that csp.py stores, with csp.py's indexes, in a commit for
-all that wait (``durable``; an asynchronous job is run and updated in turn, as it is by csp.py meanwhile); and
-http.server with sqlite3 for the start (``stdlib``). It is no test: nothing fails because it is slow."""
+that of a virtual environment with ckanserviceprovider==1.2.0 and, if there, gunicorn and waitress. Requests are made
+by ``wrk`` (Debian's package), else by processes of this file. Only ratios mean anything: it runs the programs in
+turns, in random order, several times, and prints medians. The floors are the least Python that does the work, with no
+check and no feature: a threaded socket loop that parses each head into a dictionary and answers always the same
+(``constant``); that loop with JSON in and out, ids, times, and for each submission the row that csp.py stores, with
+csp.py's indexes, in a commit for all that wait (``durable``; an asynchronous job is run and updated in turn, as it is
+by csp.py meanwhile); and http.server with sqlite3 for the start (``stdlib``). It is no test: nothing fails because it
+is slow."""
 
 import argparse
 import datetime
@@ -20,6 +21,7 @@ import os
 import platform
 import py_compile
 import queue
+import random
 import re
 import secrets
 import selectors
@@ -823,7 +825,7 @@ def measure_all(options: argparse.Namespace) -> Dict[str, Dict[str, List[float]]
         for title, (measure, programs, settings) in MEASURES.items():
             if title not in options.only:
                 continue
-            for name in programs:
+            for name in random.sample(programs, len(programs)):  # who comes after the heaviest starts slower
                 if name in PEERS and not options.peer:
                     continue
                 try:
