@@ -25,14 +25,9 @@ The file reads from top to bottom; each part uses only what stands above it:
 
 from __future__ import annotations
 
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until the program itself is there: no collection has to look at that, now or later
-
-# What few starts need is imported where it is used: csv, getpass, hashlib, hmac, importlib.util, inspect,
-# logging.handlers, multiprocessing, pickle, shlex, ssl, subprocess and urllib.request. Patterns that few need
-# are texts: re compiles them when they are used first, and keeps them.
+# Modules that few starts need and that load much are imported by the functions that use them: csv, getpass, hashlib,
+# hmac, importlib.util, inspect, logging.handlers, multiprocessing, pickle, shlex, smtplib, ssl, subprocess and
+# urllib.request.
 import argparse
 import atexit
 import base64
@@ -40,13 +35,16 @@ import binascii
 import bisect
 import collections.abc
 import contextvars
+import email.utils
 import functools
 import html
-import importlib.machinery
+import http.client
+import importlib
 import io
 import ipaddress
 import itertools
 import json
+import logging
 import os
 import queue
 import re
@@ -59,58 +57,20 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import types
 import urllib.parse
 import weakref
 from collections import deque, namedtuple
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, contextmanager, suppress
+from http.server import ThreadingHTTPServer
 
-try:  # what hmac gives, without the OpenSSL that it loads: 3.6 MB
+try:  # hmac.compare_digest without hmac, which loads OpenSSL: 3.6 MB
     from _operator import _compare_digest as compare_digest
 except ImportError:
     from hmac import compare_digest  # type: ignore[no-redef]
-
-
-class _LateModule(types.ModuleType):
-    """Stands for the module of that name, which is imported when something of it is used."""
-
-    def __getattr__(self, name: str) -> Any:
-        self.withdraw()
-        return getattr(importlib.import_module(self.__name__), name)
-
-    def withdraw(self) -> None:
-        """Let imports have the module itself from now on; who has got this one may keep it."""
-        if sys.modules.get(self.__name__) is self:  # a process forked while the lock is held must not need it
-            with _withdrawing:
-                if sys.modules.get(self.__name__) is self:
-                    del sys.modules[self.__name__]
-
-
-_withdrawing = threading.Lock()
-
-
-@contextmanager
-def _imported_late(*names: str) -> Iterator[None]:
-    """Give the modules that are imported meanwhile stand-ins for these, unless they are there already."""
-    made = [_LateModule(name) for name in names]
-    modules = [module for module in made if sys.modules.setdefault(module.__name__, module) is module]
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.withdraw()
-
-
-# These use them for what few starts need (ssl for HTTPSConnection alone): a sixth of the time of a start, and 5 MB.
-with _imported_late("copy", "mimetypes", "random", "shutil", "textwrap", "tokenize",
-                    *["ssl"] if importlib.machinery.PathFinder.find_spec("_ssl") else []):
-    import email.utils
-    import http.client
-    import logging
-    import traceback
-    from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
-    from concurrent.futures import TimeoutError as FutureTimeoutError
-    from http.server import ThreadingHTTPServer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # no start imports typing: that and its NamedTuple take a twentieth of the time
@@ -178,105 +138,46 @@ _OWN_LOGGERS = frozenset((log.name, access_log.name))
 # ---------------------------------------------------------------------------------------------------------------------
 
 class CspError(Exception):
-    """A refused request: an HTTP ``status`` and a ``message``, a sentence for whoever sent it."""
+    """A refused request: an HTTP ``status`` and a ``message``, a sentence for the client.
 
-    status = 500
+    Only refusals that somebody catches by class have a subclass.
+    """
 
-    def __init__(self, message: str, headers: Sequence[Tuple[str, str]] = (), detail: Optional[str] = None) -> None:
+    def __init__(self, status: int, message: str, headers: Sequence[Tuple[str, str]] = (),
+                 detail: Optional[str] = None) -> None:
         super().__init__(message)
+        self.status = status
         self.message = message
         self.headers = tuple(headers)
-        self.detail = detail  # more than the sentence that clients may compare with
-
-
-class BadRequest(CspError):
-    """The bytes are not an HTTP request (RFC 9112); the connection is closed."""
-
-    status = 400
-
-
-class Unauthorized(CspError):
-    """The login failed."""
-
-    status = 401
+        self.detail = detail  # more than the documented sentence, which clients may compare
 
 
 class Forbidden(CspError):
-    """No credentials, or not the right ones."""
-
-    status = 403
+    """No credentials, or the wrong ones."""
 
     def __init__(self, message: str = "not authorized") -> None:
-        super().__init__(message)
-
-
-class NotFound(CspError):
-    """There is no such path or job."""
-
-    status = 404
-
-
-class MethodNotAllowed(CspError):
-    """The path exists, the method does not."""
-
-    status = 405
-
-
-class RequestTimeout(CspError):
-    """The client took too long to send its request."""
-
-    status = 408
+        super().__init__(403, message)
 
 
 class Conflict(CspError):
-    """The request says something that cannot be done (the documentation's "an error occurred")."""
+    """An error in what the request says (the documentation's "an error occurred")."""
 
-    status = 409
-
-
-class PayloadTooLarge(CspError):
-    """The body is larger than MAX_BODY_BYTES."""
-
-    status = 413
-
-
-class UriTooLong(CspError):
-    """The request target is too long."""
-
-    status = 414
-
-
-class ExpectationFailed(CspError):
-    """An Expect header that is not 100-continue (RFC 9110, section 10.1.1)."""
-
-    status = 417
+    def __init__(self, message: str, headers: Sequence[Tuple[str, str]] = (), detail: Optional[str] = None) -> None:
+        super().__init__(409, message, headers, detail)
 
 
 class TooManyRequests(CspError):
-    """Too many failed logins from there; ``Retry-After`` says when the next is looked at (RFC 6585, section 4)."""
+    """Too many failed logins from an address (RFC 6585, section 4)."""
 
-    status = 429
-
-
-class HeadersTooLarge(CspError):
-    """The header fields are too many or too long (RFC 6585, section 5)."""
-
-    status = 431
+    def __init__(self, message: str, retry_after_seconds: int) -> None:
+        super().__init__(429, message, [("Retry-After", str(retry_after_seconds))])
 
 
 class Unavailable(CspError):
-    """Nothing can be stored, or no more taken, for the moment."""
-
-    status = 503
+    """The service cannot store anything, or accept more, at the moment."""
 
     def __init__(self, message: str, retry_after_seconds: int = 5) -> None:
-        super().__init__(message, [("Retry-After", str(retry_after_seconds))])
-
-
-class VersionNotSupported(CspError):
-    """Not HTTP/1.0 or HTTP/1.1."""
-
-    status = 505
+        super().__init__(503, message, [("Retry-After", str(retry_after_seconds))])
 
 
 class StreamBroken(Exception):
@@ -4441,12 +4342,12 @@ class Request:
         if not self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded"):
             return []
         if len(self.body) > MAX_FORM_BYTES:
-            raise PayloadTooLarge(f"A form may have {MAX_FORM_BYTES:,} bytes; send JSON to /job for more.")
+            raise CspError(413, f"A form may have {MAX_FORM_BYTES:,} bytes; send JSON to /job for more.")
         try:
             return urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), keep_blank_values=True,
                                           max_num_fields=MAX_FORM_FIELDS)
         except ValueError:
-            raise PayloadTooLarge(f"A form may have {MAX_FORM_FIELDS} fields.") from None
+            raise CspError(413, f"A form may have {MAX_FORM_FIELDS} fields.") from None
 
     @property
     def form(self) -> Dict[str, str]:
@@ -4557,7 +4458,7 @@ class Router:
             self._methods.setdefault(tuple(segments), {})[route.method] = route
 
     def find(self, request: Request) -> Tuple[Route, List[str]]:
-        """Return the route and the path's arguments; raise NotFound, or MethodNotAllowed with ``Allow``."""
+        """Return the route and the path's arguments; raise CspError: 404, or 405 with ``Allow``."""
         segments: Tuple[Optional[str], ...] = tuple(request.path.rstrip("/")[1:].split("/"))
         arguments: List[str] = []
         methods = self._methods.get(segments)
@@ -4565,10 +4466,10 @@ class Router:
             methods = self._methods.get((segments[0], None, *segments[2:]))
             arguments = [_decode_segment(segments[1] or "")]
         if methods is None:
-            raise NotFound("There is nothing at this address; GET / says where the documentation is.")
+            raise CspError(404, "There is nothing at this address; GET / says where the documentation is.")
         route = methods.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
-            raise MethodNotAllowed("This method is not for this address.", [("Allow", allowed_methods(methods))])
+            raise CspError(405, "This method is not for this address.", [("Allow", allowed_methods(methods))])
         return route, arguments
 
 
@@ -4711,7 +4612,7 @@ class LoginThrottle:
         over = count - (1 if is_attack else FREE_FAILURES)
         wait = last + min(2.0 ** min(over, 20), THROTTLE_SECONDS) - now if over >= 0 else 0.0
         if wait > 0:
-            raise TooManyRequests("Too many failed logins; try again later.", [("Retry-After", str(int(wait) + 1))])
+            raise TooManyRequests("Too many failed logins; try again later.", int(wait) + 1)
 
     def note(self, address: str, is_success: bool) -> None:
         """Take note of a login; a success forgives the address its failures."""
@@ -6056,8 +5957,8 @@ class Service:
         except Exception:  # noqa: BLE001 - a defect of ours must not end the connection without an answer
             incident = os.urandom(4).hex()
             log.exception("incident %s at %s %s", incident, request.method, clean(request.path))
-            return route, self._refuse(request, CspError("Something went wrong; the service's log has it as incident "
-                                                         f"{incident}."))
+            return route, self._refuse(request, CspError(500, "Something went wrong; the service's log has it "
+                                                         f"as incident {incident}."))
 
     def _refuse(self, request: Request, error: CspError) -> Response:
         if request.wants_html:
@@ -6073,8 +5974,10 @@ class Service:
     def _answer_options(self, request: Request) -> Response:
         try:
             self._router.find(request)
-        except MethodNotAllowed as error:
-            return Response(204, headers=error.headers)
+        except CspError as error:
+            if error.status == 405:
+                return Response(204, headers=error.headers)
+            raise
         return Response(204, headers=[("Allow", "GET, HEAD, OPTIONS")])
 
     def _clear_daily(self) -> None:
@@ -6110,7 +6013,7 @@ class Service:
         if is_same_origin(request) is False:
             raise Forbidden("A login has to come from a page of this service.")
         if credentials == ("", "") or not self.auth.is_login(*credentials, request.remote):  # asking is no guess
-            raise Unauthorized("Could not verify your login; user name or password is wrong.",
+            raise CspError(401, "Could not verify your login; user name or password is wrong.",
                                [("WWW-Authenticate", 'Basic realm="Login Required"')])
         return Response.redirect(self._next_path(request), [self.auth.begin_session(request)])
 
@@ -6218,10 +6121,10 @@ class Service:
         return wait, [("Preference-Applied", ", ".join(applied))] if applied else []
 
     def _wait(self, job: Job, seconds: int) -> Job:
-        """Return the job as it is when it has finished or the time is over; raise NotFound if it is deleted."""
+        """Return the job as it is when it has finished or the time is over; raise CspError (404) if it is deleted."""
         current = self.store.wait_for_job(job.job_id, lambda job: job.status != PENDING, seconds) if seconds else job
         if current is None or current.seq != job.seq:
-            raise NotFound("job_id not found")
+            raise CspError(404, "job_id not found")
         return current
 
     def _answer_with(self, job: Job, wait: int, applied: List[Tuple[str, str]]) -> Response:
@@ -6256,17 +6159,17 @@ class Service:
         if ended is not None and ended.result_url is not None:
             ended = self.store.wait_for_job(job.job_id, lambda job: bool(job.callback_attempts), FIRST_ATTEMPT_SECONDS)
         if ended is None:
-            raise NotFound("job_id not found")
+            raise CspError(404, "job_id not found")
         lines = run.stored
         if lines is None or len(lines) != run.line_count:
             lines = self.store.get_logs(ended)
         return Response(200, render_parts(ended, lines, job_key=True))
 
     def _find_job(self, request: Request, job_id: str, has_sent_data: bool = True) -> Job:
-        """Return the job; raise NotFound, or Forbidden if the request may not see it."""
+        """Return the job; raise CspError (404), or Forbidden if the request may not see it."""
         job = self.store.get_job(job_id, has_sent_data) if not re.search(_BAD_ID, job_id) else None
         if job is None:
-            raise NotFound("job_id not found")
+            raise CspError(404, "job_id not found")
         if not self.auth.may_see(request, job):
             raise Forbidden
         return job
@@ -6293,7 +6196,7 @@ class Service:
     def delete_job(self, request: Request, job_id: str) -> Response:
         """Delete a job with its log and metadata; if it runs, tell it to stop and drop its result."""
         if not self._delete(self._find_job(request, job_id)):
-            raise NotFound("job_id not found")
+            raise CspError(404, "job_id not found")
         return Response.json({"success": True})
 
     def _delete(self, job: Job) -> bool:
@@ -6373,7 +6276,7 @@ class Service:
             return page_response(login_page(Viewer(self.settings["NAME"], False, "/login"), self._next_path(request)))
         try:
             return self.log_in(request)
-        except (Unauthorized, Forbidden, TooManyRequests) as error:
+        except CspError as error:
             page = login_page(Viewer(self.settings["NAME"], False, "/login"), self._next_path(request),
                               request.form.get("username", ""), error.message)
             return page_response(page, error.status, [pair for pair in error.headers if pair[0] == "Retry-After"])
@@ -6404,7 +6307,7 @@ class Service:
         job = self.store.get_job(job_id) if not re.search(_BAD_ID, job_id) else None
         given, path = request.form.get("job_key", "").strip(), job_path(job_id)
         if job is None:
-            raise NotFound("job_id not found")
+            raise CspError(404, "job_id not found")
         if not job.job_key or not is_same(given, job.job_key):
             viewer = Viewer(self.settings["NAME"], False, path)
             return page_response(key_page(viewer, path, "That is not the key of this job."), 403)
@@ -6764,18 +6667,18 @@ def parse_head(head: bytes, limits: Limits) -> Head:
     """Parse request line and fields; raise the CspError of what RFC 9112 and RFC 9110 do not allow."""
     lines = head.decode("latin-1").split("\r\n")
     if len(lines[0]) > limits.max_url_bytes:
-        raise UriTooLong(f"The request line is longer than {limits.max_url_bytes} bytes.")
+        raise CspError(414, f"The request line is longer than {limits.max_url_bytes} bytes.")
     line = _REQUEST_LINE.fullmatch(lines[0])
     if line is None:
-        raise BadRequest("The request line is not one of HTTP/1.1.")
+        raise CspError(400, "The request line is not one of HTTP/1.1.")
     if line[3] != "1":
-        raise VersionNotSupported("Only HTTP/1.0 and HTTP/1.1 are spoken here.")
+        raise CspError(505, "Only HTTP/1.0 and HTTP/1.1 are spoken here.")
     if len(lines) - 1 > limits.max_header_fields:
-        raise HeadersTooLarge(f"There are more than {limits.max_header_fields} header fields.")
+        raise CspError(431, f"There are more than {limits.max_header_fields} header fields.")
     headers = _parse_fields(lines[1:])
     is_http_1_0 = line[4] == "0"
     if not _HOST.fullmatch(headers.get("host", "" if is_http_1_0 else "\n")):
-        raise BadRequest("There has to be one valid Host field.")
+        raise CspError(400, "There has to be one valid Host field.")
     return Head(line[1], _local_target(line[2], line[1]), headers, is_http_1_0)
 
 
@@ -6784,11 +6687,11 @@ def _parse_fields(lines: Iterable[str]) -> Dict[str, str]:
     for line in lines:
         field = _FIELD.fullmatch(line)
         if field is None:
-            raise BadRequest("A header field is malformed.")
+            raise CspError(400, "A header field is malformed.")
         name, value = field[1].lower(), field[2].strip(" \t")
         if name in headers:
             if name in _SINGLE_FIELDS:
-                raise BadRequest(f"The field {name} is there twice.")
+                raise CspError(400, f"The field {name} is there twice.")
             value = f"{headers[name]}{';' if name == 'cookie' else ','} {value}"
         headers[name] = value
     return headers
@@ -6801,11 +6704,11 @@ def _local_target(target: str, method: str) -> str:
     if not target.startswith("/"):
         origin = re.match(_ABSOLUTE, target)
         if origin is None:
-            raise BadRequest("The request target is neither a path nor an http address.")
+            raise CspError(400, "The request target is neither a path nor an http address.")
         target = target[origin.end():]
         target = target if target.startswith("/") else "/" + target
     if "#" in target:
-        raise BadRequest("A request target has no fragment.")
+        raise CspError(400, "A request target has no fragment.")
     return target
 
 
@@ -6814,14 +6717,14 @@ def body_length(head: Head, maximum: int) -> Optional[int]:
     length, coding = head.headers.get("content-length"), head.headers.get("transfer-encoding")
     if coding is not None:
         if length is not None or head.is_http_1_0 or coding.lower() != "chunked":
-            raise BadRequest("The only transfer coding is chunked, in HTTP/1.1, without a Content-Length.")
+            raise CspError(400, "The only transfer coding is chunked, in HTTP/1.1, without a Content-Length.")
         return None
     if length is None:
         return 0
     if not re.fullmatch("[0-9]+", length):
-        raise BadRequest("The Content-Length is not a number.")
+        raise CspError(400, "The Content-Length is not a number.")
     if len(length) > 18 or int(length) > maximum:
-        raise PayloadTooLarge(f"The body is larger than {maximum:,} bytes.")
+        raise CspError(413, f"The body is larger than {maximum:,} bytes.")
     return int(length)
 
 
@@ -6908,7 +6811,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
     # -- receiving
 
     def _receive(self, deadline: float) -> None:
-        """Add what comes to the buffer; raise RequestTimeout after ``deadline`` (monotonic)."""
+        """Add what comes to the buffer; raise CspError (408) after ``deadline`` (monotonic)."""
         while True:
             try:
                 data = self.connection.recv(RECEIVE_BYTES)
@@ -6917,7 +6820,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             if data == b"":
                 raise _Disconnected
             if time.monotonic() > deadline or (self.server.is_stopping and self.is_idle and not data):
-                raise RequestTimeout("The request took too long to arrive.")
+                raise CspError(408, "The request took too long to arrive.")
             if data:
                 self._buffer += data
                 return
@@ -6939,7 +6842,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 self._check_partial_head()
             try:
                 self._receive(deadline)
-            except RequestTimeout:
+            except CspError:
                 if self.is_idle:
                     raise _Disconnected from None
                 raise
@@ -6950,17 +6853,17 @@ class RequestHandler(socketserver.BaseRequestHandler):
     def _check_partial_head(self) -> None:
         """Raise for a head that can no longer become a good one, so that its sender need not wait for the time."""
         if b"\n" not in self._buffer and len(self._buffer) > self._limits.max_url_bytes:
-            raise UriTooLong(f"The request line is longer than {self._limits.max_url_bytes} bytes.")
+            raise CspError(414, f"The request line is longer than {self._limits.max_url_bytes} bytes.")
         if _BARE_LF.search(self._buffer):
-            raise BadRequest("Lines have to end with CR and LF.")
+            raise CspError(400, "Lines have to end with CR and LF.")
         if len(self._buffer) > self._limits.max_header_bytes:
-            raise HeadersTooLarge(f"The header is larger than {self._limits.max_header_bytes} bytes.")
+            raise CspError(431, f"The header is larger than {self._limits.max_header_bytes} bytes.")
 
     def _read_body(self, head: Head) -> bytes:
         length = body_length(head, self._limits.max_body_bytes)
         expectation = head.headers.get("expect", "").lower()
         if expectation and expectation != "100-continue":
-            raise ExpectationFailed("The only expectation that is met is 100-continue.")
+            raise CspError(417, "The only expectation that is met is 100-continue.")
         if expectation and not head.is_http_1_0 and length != 0 and not self._buffer:
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         return self._read_chunks() if length is None else self._read_bytes(length)
@@ -6998,7 +6901,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             if count == 0:
                 raise _Disconnected
             if time.monotonic() > self._body_deadline(started, have):
-                raise RequestTimeout("The request took too long to arrive.")
+                raise CspError(408, "The request took too long to arrive.")
             have += max(count, 0)
         view.release()
         return bytes(body)
@@ -7011,17 +6914,17 @@ class RequestHandler(socketserver.BaseRequestHandler):
             deadline = self._body_deadline(started, len(body))
             size = re.fullmatch(_CHUNK_SIZE, self._read_line(deadline))
             if size is None:
-                raise BadRequest("A chunk's size is malformed.")
+                raise CspError(400, "A chunk's size is malformed.")
             length = int(size[1], 16)
             if len(body) + length > self._limits.max_body_bytes:
-                raise PayloadTooLarge(f"The body is larger than {self._limits.max_body_bytes:,} bytes.")
+                raise CspError(413, f"The body is larger than {self._limits.max_body_bytes:,} bytes.")
             if length == 0:
                 self._read_trailers(deadline)
                 return bytes(body)
             while len(self._buffer) < length + 2:
                 self._receive(self._body_deadline(started, len(body) + len(self._buffer)))
             if self._buffer[length:length + 2] != b"\r\n":
-                raise BadRequest("A chunk does not end where it says.")
+                raise CspError(400, "A chunk does not end where it says.")
             body += memoryview(self._buffer)[:length]
             del self._buffer[:length + 2]
 
@@ -7033,7 +6936,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 del self._buffer[:end + 2]
                 return line
             if len(self._buffer) >= MAX_CHUNK_LINE_BYTES:
-                raise BadRequest("A line of a chunked body is too long.")
+                raise CspError(400, "A line of a chunked body is too long.")
             self._receive(deadline)
 
     def _read_trailers(self, deadline: float) -> None:
@@ -7042,7 +6945,7 @@ class RequestHandler(socketserver.BaseRequestHandler):
             if not line:
                 return
             _parse_fields([line.decode("latin-1")])
-        raise BadRequest("There are too many trailers.")
+        raise CspError(400, "There are too many trailers.")
 
     # -- sending
 
@@ -7376,17 +7279,17 @@ class Wsgi:
     def _read_body(self, environ: Dict[str, Any]) -> bytes:
         length = environ.get("CONTENT_LENGTH") or ""
         if not re.fullmatch("[0-9]{0,18}", length):
-            raise BadRequest("The Content-Length is not a number.")
+            raise CspError(400, "The Content-Length is not a number.")
         if not length and not environ.get("wsgi.input_terminated"):
             return b""
         wanted = int(length) if length else self._max_body_bytes + 1
         if int(length or 0) > self._max_body_bytes:
-            raise PayloadTooLarge(f"The body is larger than {self._max_body_bytes:,} bytes.")
+            raise CspError(413, f"The body is larger than {self._max_body_bytes:,} bytes.")
         body: bytes = environ["wsgi.input"].read(wanted)
         if length and len(body) < wanted:
-            raise BadRequest("The body is shorter than its Content-Length.")
+            raise CspError(400, "The body is shorter than its Content-Length.")
         if len(body) > self._max_body_bytes:
-            raise PayloadTooLarge(f"The body is larger than {self._max_body_bytes:,} bytes.")
+            raise CspError(413, f"The body is larger than {self._max_body_bytes:,} bytes.")
         return body
 
 
@@ -7426,7 +7329,7 @@ def configure_logging(settings: Settings) -> None:
             raise StartError(f"The log file {settings['LOG_FILE']} cannot be written: {error.strerror}.") from None
     if settings["ADMINS"]:
         from logging.handlers import SMTPHandler
-        importlib.import_module("smtplib")  # or the handler does it, when something has gone wrong
+        import smtplib  # noqa: F401 - or the handler imports it when something has gone wrong
         mail = SMTPHandler("127.0.0.1", settings["FROM_EMAIL"], list(settings["ADMINS"]), f"{settings['NAME']}: error")
         mail.setLevel(logging.ERROR)
         handlers.append(mail)
@@ -7790,8 +7693,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
     become("csp")
     become("ckanserviceprovider")
     sys.exit(main())

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import dis
 import email.utils
+import functools
 import gc
 import hashlib
 import hmac
@@ -832,24 +833,6 @@ class TestSource:
         assert (done.stdout.strip(), done.stderr, done.returncode) == (csp.__version__, "", 0)
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_start_imports_only_what_it_needs(self, tmp_path):
-        (tmp_path / "seen.py").write_text(
-            "import csp, sys\nprepare = csp.prepare_for_shortage\nseen = []\n"
-            "csp.prepare_for_shortage = lambda: (seen.append(sorted(sys.modules)), prepare())\n"
-            "@csp.job.synchronous\ndef see(task_id, input):\n    return [*seen, sorted(sys.modules)]\n"
-        )
-        command = [sys.executable, "-I", "-S", HERE / "csp.py", "--jobs", tmp_path / "seen.py", "--run", "see"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE_SECONDS)
-        modules, modules_of_job = map(set, json.loads(done.stdout.decode("ascii")))
-        assert {"csp", "sqlite3", "http.server"} <= modules
-        in_shortage = {"ast", "encodings.unicode_escape", "textwrap", "tokenize"}
-        assert in_shortage & modules <= {"encodings.unicode_escape"} and in_shortage <= modules_of_job
-        late = {"copy", "random", "ssl"}
-        if sys.version_info >= (3, 9):  # http.server of 3.8 uses it when it is imported
-            late |= {"mimetypes", "shutil"}
-        late |= {"csv", "getpass", "hashlib", "hmac", "inspect", "logging.handlers", "multiprocessing", "pickle"}
-        assert (late | {"_ssl", "secrets", "subprocess", "typing", "urllib.request"}) & modules == set()
-
     def test_a_key_is_compared_without_an_import_so_that_no_shortage_locks_its_holder_out(self, launch):
         server = launch("""
             import sys
@@ -862,69 +845,6 @@ class TestSource:
         first = server.client.submit("see")
         assert server.client.show(first)["status"] == "complete"
         assert {"_hashlib", "hashlib", "hmac"}.isdisjoint(server.client.submit("see")["data"])
-
-    def test_the_collector_works_for_jobs_and_passes_over_the_program_itself(self, launch):
-        server = launch("""
-            import gc, weakref
-            import csp.job as job
-            Cycle = type("Cycle", (), {})
-            dropped = Cycle()
-            dropped.itself, seen = dropped, weakref.ref(dropped)
-            del dropped
-
-            @job.synchronous
-            def collect(task_id, input):
-                gc.collect()
-                return [gc.isenabled(), gc.get_freeze_count() > 5000, seen() is None]
-            """)
-        assert server.client.submit("collect")["data"] == [True, True, True]
-        code = "import gc, csp; print(gc.isenabled(), gc.get_freeze_count())"
-        assert run_command("-c", code, program=(), cwd=HERE).stdout == "True 0\n"
-
-    def test_what_other_modules_import_late_is_the_module_itself_to_them_and_to_everyone(self):
-        code = """if True:
-            import sys; sys.path.insert(0, sys.argv[1]); import csp, http.client
-            assert "ssl" not in sys.modules
-            import ssl
-            assert ssl.__spec__.name == "ssl" and http.client.ssl.SSLContext is ssl.SSLContext
-            ssl._create_default_https_context = ssl._create_unverified_context  # as jobs of old do
-            assert http.client.HTTPSConnection("a")._context.verify_mode == ssl.CERT_NONE
-            import email.utils, linecache
-            assert "tokenize" not in sys.modules
-            assert "@" in email.utils.make_msgid(domain="a")
-            assert linecache.getline(csp.__file__, 1).startswith("#!")"""
-        done = subprocess.run(
-            [sys.executable, "-I", "-W", "error", "-c", code, str(HERE)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=PATIENCE_SECONDS,
-        )
-        assert (done.stdout, done.returncode) == (b"", 0)
-
-    def test_a_child_that_was_forked_while_a_stand_in_was_withdrawn_can_describe_an_error(self):
-        csp.prepare_for_shortage()
-        documents = []
-        with csp._withdrawing:
-            thread = threading.Thread(target=lambda: documents.append(csp.error_document(ValueError("x"))), daemon=True)
-            thread.start()
-            thread.join(PATIENCE_SECONDS)
-            assert documents
-
-    def test_a_module_that_is_used_while_others_have_its_stand_in_stays_imported(self):
-        code = """if True:
-            import sys; sys.path.insert(0, sys.argv[1]); import csp, csv
-            with csp._imported_late("colorsys", "csv", "fractions"):
-                import colorsys, fractions
-                stand_in = colorsys
-                assert sys.modules["csv"] is csv and colorsys.rgb_to_hsv(0, 0, 0) == (0, 0, 0)
-                import colorsys
-                assert colorsys is not stand_in and stand_in.hsv_to_rgb is colorsys.hsv_to_rgb
-            assert sys.modules["colorsys"] is colorsys and "fractions" not in sys.modules
-            assert fractions.Fraction(1, 2) == 0.5 and sys.modules["fractions"].Fraction is fractions.Fraction"""
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", code, str(HERE)], stderr=subprocess.PIPE, timeout=PATIENCE_SECONDS
-        )
-        assert (done.stderr, done.returncode) == (b"", 0)
 
     def test_without_ssl_everything_but_https_works(self):
         code = """if True:
@@ -974,36 +894,23 @@ class TestErrors:
     @pytest.mark.parametrize(
         "error, status",
         [
-            (csp.BadRequest, 400),
-            (csp.Unauthorized, 401),
+            (functools.partial(csp.CspError, 400), 400),
             (csp.Forbidden, 403),
-            (csp.NotFound, 404),
-            (csp.MethodNotAllowed, 405),
-            (csp.RequestTimeout, 408),
             (csp.Conflict, 409),
-            (csp.PayloadTooLarge, 413),
-            (csp.UriTooLong, 414),
-            (csp.ExpectationFailed, 417),
-            (csp.HeadersTooLarge, 431),
+            (lambda message: csp.TooManyRequests(message, 5), 429),
             (csp.Unavailable, 503),
-            (csp.VersionNotSupported, 505),
-            (csp.CspError, 500),
         ],
-        ids=lambda value: getattr(value, "__name__", ""),
+        ids=lambda value: str(value) if isinstance(value, int) else "",
     )
     def test_a_refusal_is_an_answer(self, error, status):
         refusal = error("A sentence with \ud800.")
         response = csp.Response.error(refusal)
-        assert issubclass(error, csp.CspError) and http.HTTPStatus(status)
+        assert isinstance(refusal, csp.CspError)
         assert (refusal.status, refusal.message, str(refusal)) == (status, "A sentence with \ud800.", refusal.message)
         assert (response.status, json.loads(response.body)) == (status, {"error": "A sentence with ?."})
 
-    def test_every_status_has_one_class(self):
-        statuses = [error.status for error in csp.CspError.__subclasses__()]
-        assert len(statuses) == len(set(statuses)) and csp.CspError.status not in statuses
-
     def test_headers_of_a_refusal_are_sent(self):
-        assert csp.MethodNotAllowed("No.", [("Allow", "GET")]).headers == (("Allow", "GET"),)
+        assert csp.CspError(405, "No.", [("Allow", "GET")]).headers == (("Allow", "GET"),)
         assert csp.Unavailable("Later.", 30).headers == (("Retry-After", "30"),)
         assert csp.Response.error(csp.Unavailable("Later.")).headers == [("Retry-After", "5")]
 
@@ -8055,7 +7962,7 @@ class TestTrouble:
     def test_a_field_of_blanks_is_parsed_in_no_time(self):
         head = b"GET / HTTP/1.1\r\nHost: a\r\nX:" + b" " * 65_000 + b"\x01"
         begun = time.thread_time()
-        with pytest.raises(csp.BadRequest):
+        with pytest.raises(csp.CspError):
             csp.parse_head(head, csp.Limits.of(csp.Settings({"MAX_HEADER_BYTES": 2**20})))
         assert time.thread_time() - begun < 1.0
 
