@@ -40,7 +40,7 @@ ENVIRON = {"CSP_TRUSTED_PROXIES": "127.0.0.1", "CSP_MAX_WAIT_SECONDS": "1"}
 def main():
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        jobs = test_csp.HERE / "jobs_example.py"
+        jobs = test_csp.REPOSITORY / "jobs_example.py"
         process = test_csp.Process(place, "--jobs", jobs, "--db", place / "jobs.db", environ=ENVIRON)
         try:
             document = place / "openapi.json"

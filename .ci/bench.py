@@ -1,10 +1,12 @@
-"""Measure csp.py beside ckanserviceprovider 1.2.0 and beside the least Python that could do the same work.
+"""Measure csp.py beside another csp.py, ckanserviceprovider 1.2.0, and the least Python that does the same work.
 
-``python .ci/bench.py [--peer PYTHON] [--rounds 3] [--seconds 3] [--only NAME,...] [--quick] [--json FILE]``; PYTHON is
-that of a virtual environment with ckanserviceprovider==1.2.0 and, if there, gunicorn and waitress. Requests are made
-by ``wrk`` (Debian's package), else by processes of this file. Only ratios mean anything: it runs the programs in
-turns, in random order, several times, and prints medians. The floors are the least Python that does the work, with no
-check and no feature: a threaded socket loop that parses each head into a dictionary and answers always the same
+``python .ci/bench.py [--old FILE] [--peer PYTHON] [--rounds 3] [--seconds 3] [--only NAME,...] [--quick] [--json
+FILE]``. ``--old`` is another csp.py, such as the first edition's (``git show 5fd2a83:csp.py``). The column "new:old"
+has to be at least 0.9: of rates new divided by old, of seconds, ms and MB old divided by new. ``--peer`` is the Python
+of a virtual environment with ckanserviceprovider==1.2.0 and, if there, gunicorn and waitress. Requests are made by
+``wrk`` (Debian's package), else by processes of this file. Only ratios mean anything: it runs the programs in turns,
+in random order, several times, and prints medians. The floors are the least Python that does the work, with no check
+and no feature: a threaded socket loop that parses each head into a dictionary and answers always the same
 (``constant``); that loop with JSON in and out, ids, times, and for each submission the row that csp.py stores, with
 csp.py's indexes, in a commit for all that wait (``durable``; an asynchronous job is run and updated in turn, as it is
 by csp.py meanwhile); and http.server with sqlite3 for the start (``stdlib``). It is no test: nothing fails because it
@@ -205,10 +207,9 @@ class DurableFloor:
     """
 
     def __init__(self, path: str) -> None:
-        sys.path.insert(0, str(CSP.parent))
-        import csp
-        self._path, self._schema, self._fields = path, csp._SCHEMA, csp.Job._fields
-        self._waiting: "queue.SimpleQueue[Tuple[bool, Tuple[Any, ...], Callable[[], Any]]]" = queue.SimpleQueue()
+        make_database(Path(path), CSP.parent)
+        self._path = path
+        self._waiting: "queue.SimpleQueue[Tuple[bool, Any, Callable[[], Any]]]" = queue.SimpleQueue()
         self._queued: "queue.SimpleQueue[Dict[str, Any]]" = queue.SimpleQueue()
         self._seqs = itertools.count(1)
         for target in (self._write, self._work):
@@ -221,17 +222,17 @@ class DurableFloor:
         body = json.loads(asked.body)
         is_done = body["job_type"] == "echo"
         now = _now()
-        job: Dict[str, Any] = dict.fromkeys(self._fields)
-        job.update(seq=next(self._seqs), job_id=str(uuid.uuid4()), job_key=secrets.token_hex(16),
-                   job_type=body["job_type"], status="pending", sent_data=json.dumps(body["data"]),
-                   requested_timestamp=now, run_at=time.time(), api_key=body["api_key"], attempts=0, crashes=0,
-                   failures=0, synchronous=int(is_done), cancelled=0, callback_attempts=0)
+        job: Dict[str, Any] = dict(
+            seq=next(self._seqs), job_id=str(uuid.uuid4()), job_key=secrets.token_hex(16), job_type=body["job_type"],
+            status="pending", sent_data=json.dumps(body["data"]), data=None, requested_timestamp=now,
+            started_timestamp=None, finished_timestamp=None, run_at=time.time(), api_key=body["api_key"], attempts=0,
+            synchronous=int(is_done))
         if is_done:
             job.update(status="complete", data=json.dumps(">" + body["data"]), started_timestamp=now, run_at=None,
                        finished_timestamp=_now(), attempts=1, api_key=None)
         lock = threading.Lock()
         lock.acquire()
-        self._waiting.put((True, tuple(job.values()), lock.release))
+        self._waiting.put((True, job, lock.release))
         lock.acquire()
         if not is_done:
             self._queued.put(job)
@@ -246,9 +247,11 @@ class DurableFloor:
 
     def _write(self) -> None:
         connection = sqlite3.connect(self._path, isolation_level=None)
-        for statement in ("PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", *self._schema):
-            connection.execute(statement)
-        insert = f"INSERT INTO jobs ({', '.join(self._fields)}) VALUES ({', '.join('?' * len(self._fields))})"
+        connection.execute("PRAGMA synchronous=FULL")  # the file is in WAL mode
+        insert = """INSERT INTO jobs (seq, job_id, job_key, job_type, status, sent_data, data, requested_timestamp,
+            started_timestamp, finished_timestamp, run_at, api_key, attempts, synchronous) VALUES (:seq, :job_id,
+            :job_key, :job_type, :status, :sent_data, :data, :requested_timestamp, :started_timestamp,
+            :finished_timestamp, :run_at, :api_key, :attempts, :synchronous)"""
         update = """UPDATE jobs SET status = ?, data = ?, finished_timestamp = ?, run_at = NULL, api_key = NULL
             WHERE seq = ?"""
         while True:
@@ -263,8 +266,9 @@ class DurableFloor:
                 then()
 
 
-def _now() -> str:
-    return datetime.datetime.now().isoformat(timespec="microseconds")  # noqa: DTZ005 - local time, as csp.py has it
+def _now(ago_seconds: int = 0) -> str:
+    then = datetime.datetime.now() - datetime.timedelta(seconds=ago_seconds)  # noqa: DTZ005 - local time, as csp.py's
+    return then.isoformat(timespec="microseconds")
 
 
 # -- Load
@@ -388,8 +392,15 @@ def generate(port: int, request: Request, connections: int, seconds: float) -> N
 # -- Programs
 
 CSP = Path(__file__).resolve().parent.parent / "csp.py"
+DIRECTORIES = {"csp": CSP.parent}  # of each program that is a csp.py; main adds "old"
 TYPES = "application/json"
 JSON = ("Content-Type", TYPES)
+
+
+def make_database(path: Path, directory: Path) -> None:
+    """Make an empty database as the csp.py in that directory does."""
+    subprocess.run([sys.executable, "-c", "import csp, sys; csp.Store(sys.argv[1]).close()", str(path)], check=True,
+                   env={**os.environ, "PYTHONPATH": str(directory)}, cwd=str(path.resolve().parent))
 
 
 def free_port() -> int:
@@ -398,11 +409,13 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def command_of(name: str, place: Path, port: int, peer: str) -> List[str]:
+def command_of(name: str, port: int, peer: str, as_file: bool) -> List[str]:
     """Return the command that runs a program."""
     address = f"{LOCAL}:{port}"
+    if name in DIRECTORIES:
+        program = [str(DIRECTORIES[name] / "csp.py")] if as_file else ["-m", "csp"]
+        return [sys.executable, *program, "--jobs", "bench_jobs", "--port", str(port), "--db", "jobs.db"]
     return {
-        "csp": [sys.executable, "-m", "csp", "--jobs", "bench_jobs", "--port", str(port), "--db", "jobs.db"],
         "constant": [sys.executable, __file__, "--floor", f"constant {port}"],
         "durable": [sys.executable, __file__, "--floor", f"durable {port}"],
         "stdlib": [sys.executable, "stdlib_main.py", str(port)],
@@ -477,8 +490,8 @@ def build_slow_disk(place: Path) -> str:
 
 @contextmanager
 def running(name: str, peer: str = "", database: Optional[Path] = None, slow_disk: bool = False,
-            **settings: Any) -> Iterator[Program]:
-    """Run a program in a directory of its own, with a database on disk."""
+            as_file: bool = False, **settings: Any) -> Iterator[Program]:
+    """Run a program in a directory of its own, with a database on disk; ``as_file``: python3 csp.py, not -m csp."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         place, port = Path(temporary), free_port()
         (place / "bench_jobs.py").write_text(JOBS, encoding="utf-8")
@@ -491,10 +504,11 @@ def running(name: str, peer: str = "", database: Optional[Path] = None, slow_dis
         (place / "settings.py").write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
         if database is not None:
             os.link(str(database), str(place / "jobs.db"))
-        environ = {**os.environ, "JOB_CONFIG": str(place / "settings.py"), "PYTHONPATH": str(CSP.parent)}
+        directory = DIRECTORIES.get(name, CSP.parent)
+        environ = {**os.environ, "JOB_CONFIG": str(place / "settings.py"), "PYTHONPATH": str(directory)}
         environ.update({"LD_PRELOAD": build_slow_disk(place)} if slow_disk else {})
         begun = time.perf_counter()
-        process = subprocess.Popen(command_of(name, place, port, peer), cwd=temporary, env=environ,
+        process = subprocess.Popen(command_of(name, port, peer, as_file), cwd=temporary, env=environ,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             program = Program(name, port, process.pid, place, 0.0)
@@ -620,7 +634,7 @@ def measure_memory(program: Program, seconds: float) -> Values:
     idle = program.memory()
     run = load(program.port, post("async_echo"), 16, seconds, program.place)
     program.wait_until_done(60)
-    while run.done < 10_000 and program.name == "csp":
+    while run.done < 10_000 and program.name in DIRECTORIES:
         run = run._replace(done=run.done + load(program.port, post("async_echo"), 16, 1, program.place).done)
         program.wait_until_done(60)
     values = {"memory idle, MB": idle, "memory after the jobs, MB more": program.memory() - idle,
@@ -653,8 +667,9 @@ def measure_disk(program: Program, seconds: float) -> Values:
 def measure_start(program: Program, seconds: float) -> Values:
     """From the command to the first answer, with what Python keeps of modules it has compiled before; an import."""
     python = Path(f"/proc/{program.pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-    modules = {"csp": "csp", "stdlib": "http.server, sqlite3"}.get(program.name, "ckanserviceprovider.web")
-    environ = {**os.environ, "PYTHONPATH": str(CSP.parent)}
+    modules = {"csp": "csp", "old": "csp", "stdlib": "http.server, sqlite3"}.get(
+        program.name, "ckanserviceprovider.web")
+    environ = {**os.environ, "PYTHONPATH": str(DIRECTORIES.get(program.name, CSP.parent))}
     times = []
     for _ in range(3):
         begun = time.perf_counter()
@@ -663,9 +678,14 @@ def measure_start(program: Program, seconds: float) -> Values:
     return {"start to the first answer, s": program.start_seconds, "import, s": statistics.median(times)}
 
 
+def measure_file(program: Program, seconds: float) -> Values:
+    """From ``python3 csp.py`` to the first answer: Python compiles the file each time."""
+    return {"start of python3 csp.py, s": program.start_seconds}
+
+
 MEASURES: Dict[str, Tuple[Callable[[Program, float], Values], Tuple[str, ...], Dict[str, Any]]] = {
     "rates": (measure_rates, ("csp", "constant", "durable", *PEERS), {}),
-    "callbacks": (measure_callbacks, ("csp", *PEERS), {}),
+    "callbacks": (measure_callbacks, ("csp", *PEERS), {"CALLBACK_DELAY_SECONDS": 0}),
     "jobs": (measure_jobs, ("csp", *PEERS), {}),
     "naps": (measure_naps, ("csp", "own"), {"WORKERS": 60}),
     "threads": (functools.partial(measure_executor, "thread"), ("csp",), {}),
@@ -673,6 +693,7 @@ MEASURES: Dict[str, Tuple[Callable[[Program, float], Values], Tuple[str, ...], D
     "memory": (measure_memory, ("csp", *PEERS), {}),
     "disk": (measure_disk, ("csp", "durable", *PEERS), {"slow_disk": True}),
     "start": (measure_start, ("csp", "stdlib", *PEERS) * 5, {}),
+    "file": (measure_file, ("csp",) * 5, {"as_file": True}),
 }
 
 
@@ -688,15 +709,13 @@ QUESTIONS = {
 KINDS = (*["complete"] * 8, "error", "pending")
 
 
-def seed(path: Path, count: int, kinds: Sequence[str] = KINDS) -> None:
+def seed(path: Path, count: int, kinds: Sequence[str] = KINDS, name: str = "csp") -> None:
     """Write so many jobs, with two metadata rows and two log rows each, into a new database; what is pending waits."""
-    sys.path.insert(0, str(CSP.parent))
-    import csp
-    csp.Store(str(path)).close()
+    make_database(path, DIRECTORIES[name])
     now = time.time()
 
     def job(number: int) -> Tuple[Any, ...]:
-        status, then = kinds[number % len(kinds)], csp.timestamp(now - number % 86_000)
+        status, then = kinds[number % len(kinds)], _now(number % 86_000)
         return (number, f"job-{number}", "echo", status, '"hello"', None if status == "pending" else '">hello"',
                 '{"a": "b"}', "key", then, then, None if status == "pending" else then,
                 now + 400 if status == "pending" else None, 1)
@@ -722,28 +741,28 @@ def seed(path: Path, count: int, kinds: Sequence[str] = KINDS) -> None:
     connection.close()
 
 
-def measure_size(count: int, repeats: int) -> Values:
+def measure_size(count: int, repeats: int, name: str = "csp") -> Values:
     """Return medians in ms of the questions, a submission, the start and the memory, with so many jobs."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         path = Path(temporary) / "seed.db"
-        seed(path, count)
-        with running("csp", database=path, MAX_PENDING=None) as program:
+        seed(path, count, name=name)
+        with running(name, database=path, MAX_PENDING=None) as program:
             values = {"start": program.start_seconds * 1e3, "memory, MB": program.memory()}
-            for name, question in QUESTIONS.items():
+            for row, question in QUESTIONS.items():
                 target, _, kind = question.format(most=count * 9 // 10, tenth=count // 10).partition("#")
                 headers = {"Authorization": KEY, **({"Accept": "text/html"} if kind else {})}
-                values[name] = _median_ms(program, repeats, "GET", target, None, headers)
+                values[row] = _median_ms(program, repeats, "GET", target, None, headers)
             body = submission("echo", "hello")
             values["POST echo"] = _median_ms(program, repeats, "POST", "/job", body, dict([JSON]))
             return values
 
 
-def measure_queue(count: int) -> float:
+def measure_queue(count: int, name: str = "csp") -> float:
     """Return the resident memory in MB with so many jobs queued, which wait for their next attempt."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         path = Path(temporary) / "seed.db"
-        seed(path, count, ("pending",))
-        with running("csp", database=path, MAX_PENDING=None) as program:
+        seed(path, count, ("pending",), name)
+        with running(name, database=path, MAX_PENDING=None) as program:
             time.sleep(1.0)  # the start goes on in the background
             return program.memory()
 
@@ -762,17 +781,17 @@ def _median_ms(program: Program, repeats: int, method: str, path: str, body: Any
     return statistics.median(taken)
 
 
-def measure_clearing(seconds: float) -> Values:
+def measure_clearing(seconds: float, name: str = "csp") -> Values:
     """Clear 100,000 old jobs while submissions go on: their p99 in ms, before and meanwhile."""
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         path = Path(temporary) / "seed.db"
-        seed(path, 111_000)
+        seed(path, 111_000, name=name)
         connection = sqlite3.connect(str(path))
         connection.execute("UPDATE jobs SET finished_timestamp = '2020-01-01T00:00:00.000000' "
                            "WHERE finished_timestamp IS NOT NULL")
         connection.commit()
         connection.close()
-        with running("csp", database=path) as program:
+        with running(name, database=path) as program:
             before = load(program.port, post("echo"), 4, seconds, program.place)
             deleted: List[int] = []
             clearing = threading.Thread(target=lambda: deleted.append(json.loads(
@@ -785,18 +804,32 @@ def measure_clearing(seconds: float) -> Values:
 
 # -- The report
 
+LOW = (" ms", " s", "MB", "more", "seconds", "errors", "left", "lost", "never finished")
+
+
 def best(name: str, values: Sequence[float]) -> float:
     """Return the best of several values of a row: rates want to be high, everything else low."""
-    low = (" ms", " s", "MB", "more", "seconds", "errors", "left", "lost", "never finished")
-    return min(values) if name.endswith(low) else max(values)
+    return min(values) if name.endswith(LOW) else max(values)
+
+
+def goodness(name: str, new: float, old: float) -> Optional[float]:
+    """Return how the new value stands to the old: more than 1 is better; None if one of them is 0."""
+    if not new or not old:
+        return None
+    return old / new if name.endswith(LOW) else new / old
+
+
+def cells(values: Sequence[Optional[float]], width: int, digits: int) -> str:
+    """Return numbers as cells of a table."""
+    return "".join(f"{'':>{width}}" if value is None else f"{value:>{width},.{digits}g}" for value in values)
 
 
 def print_rows(results: Dict[str, Dict[str, List[float]]]) -> None:
-    """Print a row for each figure: csp.py, the best of the peers, the floor, and the ratios to them."""
-    print(f"\n{'':46}{'csp.py':>10}{'peer':>10}{'floor':>10}{'× peer':>9}{'× floor':>9}")
+    """Print a row for each figure: csp.py, the old one, the best of the peers, the floor, and the ratios to them."""
+    print(f"\n{'':46}{'csp.py':>10}{'old':>10}{'new:old':>9}{'peer':>10}{'floor':>10}{'× peer':>9}{'× floor':>9}")
     for name, by_program in results.items():
         medians = {program: statistics.median(values) for program, values in by_program.items()}
-        own = medians.get("csp")
+        own, old = medians.get("csp"), medians.get("old")
         if own is None:
             continue
         peers = [medians[program] for program in PEERS if program in medians]
@@ -804,18 +837,21 @@ def print_rows(results: Dict[str, Dict[str, List[float]]]) -> None:
         is_write = "POST" in name and "durable" in medians
         floor = medians["durable"] if is_write else floors[0] if floors else None
         peer = best(name, peers) if peers else None
-        cells = [f"{value:>10,.4g}" if value is not None else f"{'':>10}" for value in (own, peer, floor)]
-        ratios = [f"{own / value:>9.3g}" if value else f"{'':>9}" for value in (peer, floor)]
-        print(f"{name:46}{''.join(cells)}{''.join(ratios)}")
+        ratio = None if old is None else goodness(name, own, old)
+        ratios = [own / value if value else None for value in (peer, floor)]
+        print(f"{name:46}{cells((own, old), 10, 4)}{cells([ratio], 9, 3)}{cells((peer, floor), 10, 4)}"
+              f"{cells(ratios, 9, 3)}")
 
 
-def print_sizes(sizes: Dict[int, Values]) -> None:
-    """Print the questions' medians for each number of jobs, and the ratio of the last to the first."""
-    counts = list(sizes)
-    print(f"\n{'ms, with so many jobs':46}" + "".join(f"{count:>12,}" for count in counts) + f"{'ratio':>9}")
-    for name in sizes[counts[0]]:
-        values = [sizes[count][name] for count in counts]
-        print(f"{name:46}" + "".join(f"{value:>12.4g}" for value in values) + f"{values[-1] / values[0]:>9.3g}")
+def print_sizes(sizes: Dict[str, Dict[int, Values]]) -> None:
+    """Print the questions' medians for each number of jobs, the ratio of the last to the first, and new:old."""
+    counts = list(sizes["csp"])
+    print(f"\n{'ms, with so many jobs':30}" + "".join(f"{count:>11,}" for count in counts) + f"{'ratio':>8}"
+          + "".join(f"{f'new:old, {count:,}':>20}" for count in counts if "old" in sizes))
+    for name in sizes["csp"][counts[0]]:
+        values = [sizes["csp"][count][name] for count in counts]
+        ratios = [sizes["old"][count][name] / sizes["csp"][count][name] for count in counts if "old" in sizes]
+        print(f"{name:30}{cells(values, 11, 4)}{cells([values[-1] / values[0]], 8, 3)}{cells(ratios, 20, 3)}")
 
 
 def measure_all(options: argparse.Namespace) -> Dict[str, Dict[str, List[float]]]:
@@ -825,7 +861,8 @@ def measure_all(options: argparse.Namespace) -> Dict[str, Dict[str, List[float]]
         for title, (measure, programs, settings) in MEASURES.items():
             if title not in options.only:
                 continue
-            for name in random.sample(programs, len(programs)):  # who comes after the heaviest starts slower
+            mine = (*programs, *("old" for name in programs if name == "csp" and "old" in DIRECTORIES))
+            for name in random.sample(mine, len(mine)):  # who comes after the heaviest starts slower
                 if name in PEERS and not options.peer:
                     continue
                 try:
@@ -845,6 +882,7 @@ def measure_all(options: argparse.Namespace) -> Dict[str, Dict[str, List[float]]
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--old", metavar="FILE", help="another csp.py, measured in turns with this one")
     parser.add_argument("--peer", default="", metavar="PYTHON", help="a Python that has ckanserviceprovider 1.2.0")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
@@ -866,17 +904,32 @@ def main() -> None:
         options.rounds, options.seconds = 1, 1.0
     options.only = options.only.split(",")
     print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {os.cpu_count()} cores")
-    py_compile.compile(str(CSP))
+    with tempfile.TemporaryDirectory(prefix="bench-old-") as temporary:
+        if options.old:
+            DIRECTORIES["old"] = Path(temporary)
+            shutil.copy(options.old, str(DIRECTORIES["old"] / "csp.py"))
+        for directory in DIRECTORIES.values():
+            py_compile.compile(str(directory / "csp.py"))
+        report(options)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Measure what is asked for, and print it."""
     results = measure_all(options)
     print_rows(results)
-    if "clearing" in options.only:
-        cleared = measure_clearing(options.seconds)
-        print("\nClearing old jobs:", {name: round(value, 2) for name, value in cleared.items()})
-    sizes = {}
+    names = list(DIRECTORIES)
+    for name in names if "clearing" in options.only else []:
+        cleared = measure_clearing(options.seconds, name)
+        print(f"\nClearing old jobs, {name}:", {row: round(value, 2) for row, value in cleared.items()})
+    sizes: Dict[str, Dict[int, Values]] = {}
     if "sizes" in options.only:
-        sizes = {count: measure_size(count, 50) for count in (1_000, 100_000, *([] if options.quick else [1_000_000]))}
+        for count in (1_000, 100_000, *([] if options.quick else [1_000_000])):
+            for name in random.sample(names, len(names)):
+                sizes.setdefault(name, {})[count] = measure_size(count, 50, name)
         print_sizes(sizes)
-        print(f"\nmemory with {max(sizes):,} jobs queued, MB: {measure_queue(max(sizes)):.1f}")
+        for name in names:
+            most = max(sizes[name])
+            print(f"\nmemory with {most:,} jobs queued, MB, {name}: {measure_queue(most, name):.1f}")
     if options.json:
         Path(options.json).write_text(json.dumps({"rows": results, "sizes": sizes}), encoding="utf-8")
 
