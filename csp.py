@@ -4590,26 +4590,27 @@ NOTICES = {
 
 STYLE = """
 :root { color-scheme: light dark; --back: #f4f6f8; --card: #fff; --text: #18212c; --faint: #556172; --line: #d5dbe3;
-  --link: #0a58a6; --on-link: #fff; --complete: #17722f; --error: #b0241b; --running: #0a58a6; --queued: #6a5600;
-  --code: #eef1f5; }
+  --code: #eef1f5; --link: #0a58a6; --complete: #17722f; --error: #b0241b; --queued: #6a5600; }
 @media (prefers-color-scheme: dark) { :root { --back: #11151b; --card: #191f28; --text: #e7ebf1; --faint: #a5b0c0;
-  --line: #343d4b; --link: #84bdff; --on-link: #0b1520; --complete: #63d683; --error: #ff8f85; --running: #84bdff;
-  --queued: #e2c553; --code: #232b37; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-a { color: var(--link); }
+  --line: #343d4b; --code: #232b37; --link: #84bdff; --complete: #63d683; --error: #ff8f85; --queued: #e2c553; } }
+* { box-sizing: border-box; overflow-wrap: anywhere; }
+body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
+a, summary, .running { color: var(--link); }
+.complete { color: var(--complete); }
+.queued, .WARNING b { color: var(--queued); }
+.error, .ERROR b, .CRITICAL b, button.danger { color: var(--error); }
+.name, [aria-current], .tiles b { color: var(--text); font-weight: 700; }
+.name { font-size: 18px; }
+.name, .tiles a, .button { text-decoration: none; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-html:not(.script) .needs-script { display: none; }
-.skip { position: absolute; left: -999px; }
-.skip:focus { left: 8px; top: 8px; background: var(--card); padding: 8px; z-index: 1; }
+html:not(.script) .needs-script, .log:empty, .log:not(:empty) + p { display: none; }
+.skip:not(:focus) { position: absolute; left: -999px; }
 header, main, footer { max-width: 1200px; margin: 0 auto; padding: 12px 16px; }
-header, nav, footer, .row { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center; }
+header, nav, footer, .row, .axis { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center; }
 .row { align-items: end; }
-nav { flex: 1; }
-header .name { font-weight: 700; font-size: 18px; text-decoration: none; color: var(--text); }
-[aria-current] { font-weight: 700; color: var(--text); }
+nav, .axis :first-child { flex: 1; }
 h1 { font-size: 24px; line-height: 1.25; margin: 8px 0 12px; }
+h1.id { font-size: 20px; }
 h2 { font-size: 18px; margin: 0 0 8px; }
 h3 { font-size: 16px; margin: 0; }
 section, .notice, .tiles a, table.jobs { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
@@ -4618,45 +4619,38 @@ section > :last-child { margin-bottom: 0; }
 .notice { padding-block: 10px; border-left: 5px solid var(--link); }
 .notice[role=alert] { border-left-color: var(--error); }
 .faint, footer, dt, dd time, thead th { color: var(--faint); font-size: 14px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; margin: 0 0 16px;
-  padding: 0; list-style: none; }
-.tiles a { display: block; padding: 12px 16px; text-decoration: none; border-top: 4px solid currentColor; }
-.tiles b { display: block; font-size: 26px; line-height: 1.2; color: var(--text); }
-.queued, .WARNING b { color: var(--queued); } .complete { color: var(--complete); }
-.running { color: var(--running); } .error, .ERROR b, .CRITICAL b { color: var(--error); }
+.columns, .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 16px; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; margin: 0 0 16px; padding: 0; }
+.tiles, .log { list-style: none; }
+.tiles a { display: block; padding: 12px 16px; border-top: 4px solid currentColor; }
+.tiles b { display: block; font-size: 26px; line-height: 1.2; }
 .badge { font-weight: 600; white-space: nowrap; }
-.badge::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 6px;
-  border-radius: 50%; background: currentColor; }
-.badge.queued::before { background: none; border: 2px solid currentColor; }
+.badge::before { content: ""; display: inline-block; margin-right: 6px; border: 5px solid; border-radius: 50%; }
+.badge.queued::before { border-width: 2px; padding: 3px; }
 .badge.error::before { border-radius: 2px; }
 .chart { display: block; width: 100%; height: 140px; border-bottom: 1px solid var(--faint); fill: currentColor; }
-.axis { display: flex; justify-content: space-between; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 16px; }
 label { display: block; font-size: 14px; font-weight: 600; }
 label.check { display: inline-flex; gap: 8px; align-items: center; min-height: 40px; }
-input, select, textarea, button, .button { font: inherit; color: inherit; padding: 7px 10px; border-radius: 6px;
-  border: 1px solid var(--faint); background: var(--card); max-width: 100%; min-height: 40px; }
+input, select, textarea, button, .button { font: inherit; color: inherit; background: var(--card); padding: 7px 10px;
+  border: 1px solid var(--faint); border-radius: 6px; max-width: 100%; min-height: 40px; }
 input[type=checkbox] { min-height: 0; width: 20px; height: 20px; margin: 0; }
 textarea { width: 100%; min-height: 120px; }
-button, .button { cursor: pointer; background: var(--code); text-decoration: none; }
-button.main { background: var(--link); color: var(--on-link); border-color: var(--link); font-weight: 600; }
-button.danger { color: var(--error); border-color: var(--error); }
+button, .button { cursor: pointer; background: var(--code); }
+button.main { background: var(--link); color: var(--card); border-color: var(--link); font-weight: 600; }
+button.danger { border-color: currentColor; }
 button.copy { min-height: 30px; padding: 2px 10px; font-size: 14px; }
 pre, code, textarea, .id, .log { font-family: ui-monospace, monospace; font-size: 14px; }
-pre, .log { background: var(--code); padding: 10px; border-radius: 6px; margin: 4px 0 8px; overflow: auto;
-  max-height: 480px; white-space: pre-wrap; }
-h1.id { font-size: 20px; }
-.log { list-style: none; }
-.log:empty, .log:not(:empty) + p { display: none; }
+pre, .log { background: var(--code); padding: 10px; border-radius: 6px; margin: 4px 0 8px; white-space: pre-wrap; }
+pre, .log, .scroll { overflow: auto; max-height: 480px; }
+.scroll { font-size: 14px; white-space: nowrap; }
 .doc { white-space: pre-line; margin: 4px 0 8px; }
-summary { cursor: pointer; color: var(--link); min-height: 28px; }
+summary { cursor: pointer; min-height: 28px; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 6px 10px; border-top: 1px solid var(--line); vertical-align: top; }
 thead th { border-top: 0; }
-.scroll { overflow: auto; max-height: 480px; font-size: 14px; white-space: nowrap; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 16px; margin: 0; }
 dd { margin: 0; min-width: 0; }
-progress { width: 100%; height: 14px; accent-color: var(--running); }
+progress { width: 100%; height: 14px; accent-color: var(--link); }
 img.result { max-width: 100%; background: #fff; }
 .login { max-width: 420px; margin: 5vh auto; }
 .login input { width: 100%; margin-bottom: 10px; }
@@ -4665,205 +4659,265 @@ img.result { max-width: 100%; background: #fff; }
   .jobs tr, .api tr { display: block; padding: 8px 0; border-top: 1px solid var(--line); }
   .jobs :is(td, th), .api td { display: flex; gap: 10px; border: 0; padding: 2px 12px; }
   [data-label]::before { content: attr(data-label); flex: 0 0 84px; color: var(--faint); font: 14px system-ui; }
-  dl { grid-template-columns: 1fr; gap: 0; } dd { margin: 0 0 6px; }
+  dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin: 0 0 6px; }
 }
-@media (prefers-reduced-motion: no-preference) { .badge.running::before { animation: pulse 1.6s infinite; }
-  @keyframes pulse { 50% { opacity: 0.3; } } }
+@media (prefers-reduced-motion: no-preference) { .badge.running::before { animation: pulse 1.6s infinite; } }
+@keyframes pulse { 50% { opacity: 0.3; } }
 """
 
 SCRIPT = """
-'use strict';
-(() => {
-  const $ = (selector, root) => (root || document).querySelector(selector);
-  let source = null, timer = null;
+const $ = (selector, root = document) => root.querySelector(selector);
+let source = null, timer = null;
 
-  // Fetch this page again and replace its live parts, but not one that somebody is typing in.
-  async function refresh() {
-    timer = null;
-    const answer = await fetch(location.href, { headers: { Accept: 'text/html' } });
-    if (!answer.ok) { return; }
-    const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
-    for (const old of document.querySelectorAll('[data-live]')) {
-      const fresh = page.getElementById(old.id);
-      if (fresh && !$('input:focus', old)) { old.replaceWith(document.adoptNode(fresh)); }
-    }
+// Fetch this page again and replace its live parts, but not one that somebody is typing in.
+async function refresh() {
+  timer = null;
+  const answer = await fetch(location.href, { headers: { Accept: 'text/html' } });
+  if (!answer.ok) { return; }
+  const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
+  for (const old of document.querySelectorAll('[data-live]')) {
+    const fresh = page.getElementById(old.id);
+    if (fresh && !$('input:focus', old)) { old.replaceWith(document.adoptNode(fresh)); }
   }
-  const soon = (milliseconds) => { timer = timer || setTimeout(refresh, milliseconds); };
-
-  function addLine(log, line) {
-    if (log.dataset.levels && !log.dataset.levels.split(' ').includes(line.level)) { return; }
-    const item = document.createElement('li'), level = document.createElement('b');
-    item.className = level.textContent = line.level;
-    item.append(line.timestamp.slice(11, 23) + ' ', level, ' ' + line.message);
-    log.append(item);
-    while (log.children.length > 2000) { log.firstChild.remove(); }
-    if ($('#follow').checked) { log.scrollTop = log.scrollHeight; }
+}
+const soon = (milliseconds) => { timer = timer || setTimeout(refresh, milliseconds); };
+function listen(url, handlers) {
+  source = new EventSource(url);
+  for (const [name, handle] of Object.entries(handlers)) {
+    source.addEventListener(name, (event) => handle(JSON.parse(event.data), event.lastEventId));
   }
-
-  function watchJob(log) {
-    source = new EventSource(log.dataset.events + '?last_event_id=' + log.dataset.last);
-    source.addEventListener('log', (event) => {
-      log.dataset.last = event.lastEventId;
-      addLine(log, JSON.parse(event.data));
-    });
-    source.addEventListener('progress', (event) => {
-      const value = JSON.parse(event.data);
+}
+function watchJob(log, state) {
+  listen(log.dataset.events + '?last_event_id=' + log.dataset.last, {
+    log(line, id) {
+      log.dataset.last = id;
+      if (log.dataset.levels && !log.dataset.levels.split(' ').includes(line.level)) { return; }
+      const item = document.createElement('li'), level = document.createElement('b');
+      item.className = level.textContent = line.level;
+      item.append(line.timestamp.slice(11, 23) + ' ', level, ' ' + line.message);
+      log.append(item);
+      while (log.children.length > 2000) { log.firstChild.remove(); }
+      if ($('#follow').checked) { log.scrollTop = log.scrollHeight; }
+    },
+    progress(value) {
       $('#progress').hidden = false;
       $('#progress progress').value = value.fraction;
       $('#progress span').textContent = Math.round(value.fraction * 100) + ' % ' + (value.message || '');
-    });
-    let state = document.body.dataset.state;
-    source.addEventListener('status', (event) => {
-      const value = JSON.parse(event.data);
+    },
+    status(value) {
       if (value.status !== 'pending') { stop(); }
       if (value.state !== state) { soon(0); }
       state = value.state;
-    });
-  }
-
-  function watchNumbers() {
-    let first = true;
-    source = new EventSource('/events');
-    source.addEventListener('stats', () => { if (!first) { soon(1000); } first = false; });
-  }
-
-  function stop() { if (source) { source.close(); source = null; } }
-  function start() {
-    const log = $('#log[data-events]');
-    if (source) { return; }
-    if (log) { watchJob(log); } else if ($('#numbers')) { watchNumbers(); }
-  }
-
-  document.addEventListener('click', async (event) => {
-    const button = event.target.closest('button.copy');
-    if (button) {
-      const text = document.getElementById(button.dataset.copy);
-      getSelection().selectAllChildren(text);
-      try { await navigator.clipboard.writeText(text.textContent); } catch (error) { document.execCommand('copy'); }
-      button.textContent = 'Copied';
-      setTimeout(() => { button.textContent = 'Copy'; }, 2000);
-    }
-    if (event.target.id === 'all') {
-      for (const box of document.querySelectorAll('input[name=job_id]')) { box.checked = event.target.checked; }
-    }
+    },
   });
-  // A hidden tab closes its stream: browsers allow six connections to one service.
-  document.addEventListener('visibilitychange', () => { if (document.hidden) { stop(); } else { soon(0); start(); } });
-  document.documentElement.className = 'script';
-  start();
-})();
+}
+function stop() { if (source) { source.close(); source = null; } }
+function start() {
+  const log = $('#log[data-events]');
+  let first = true;
+  if (log) { watchJob(log, document.body.dataset.state); }
+  if ($('#numbers')) { listen('/events', { stats() { if (!first) { soon(1000); } first = false; } }); }
+}
+document.addEventListener('click', ({ target }) => {
+  if (target.matches('button.copy')) {
+    getSelection().selectAllChildren(document.getElementById(target.dataset.copy));
+    document.execCommand('copy');  // navigator.clipboard exists only over HTTPS
+    target.textContent = 'Copied';
+    setTimeout(() => { target.textContent = 'Copy'; }, 2000);
+  } else if (target.id === 'all') {
+    for (const box of document.querySelectorAll('input[name=job_id]')) { box.checked = target.checked; }
+  }
+});
+// A hidden tab closes its stream: browsers allow six connections to one service.
+document.addEventListener('visibilitychange', () => { stop(); if (!document.hidden) { soon(0); start(); } });
+document.documentElement.className = 'script';
+start();
 """
 
 STYLE_PATH = f"/console/style-{binascii.crc32(STYLE.encode()):08x}.css"
 SCRIPT_PATH = f"/console/script-{binascii.crc32(SCRIPT.encode()):08x}.js"
 
 
-class Html(str):
-    """Text that is markup already."""
-
-
-def render(template: str, **values: Any) -> Html:
-    """Fill in a ``string.Template``. Values that are not Html are escaped; lists are joined."""
-    return Html(string.Template(template).substitute({name: _escape(value) for name, value in values.items()}))
-
-
-def _escape(value: Any) -> str:
-    if isinstance(value, Html):
-        return value
-    return "".join(map(_escape, value)) if isinstance(value, (list, tuple)) else html.escape(str(value))
-
-
-class Viewer(NamedTuple):
-    """Who looks at a page. ``path`` is the page's address, to return to after signing in; ``notice`` one of NOTICES."""
-
-    service: str
-    is_admin: bool
-    path: str
-    notice: str = ""
-
-
 _PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
+<html lang="en"><head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title – $service</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E%3Crect
  width='8' height='8' rx='2' fill='%230a58a6'/%3E%3Cpath d='M2 4l1.5 1.5L6 3' stroke='white' fill='none'/%3E%3C/svg%3E">
 <link rel="stylesheet" href="$style">
-<script src="$script" defer></script>
-</head>
-<body data-state="$state">
+<script type="module" src="$script"></script>
+</head><body data-state="$state">
 <a class="skip" href="#main">Skip to content</a>
 <header><a class="name" href="/">$service</a><nav aria-label="Pages">$links</nav>$sign</header>
 <main id="main">$notice$content</main>
 <footer><span>csp.py $version</span><a href="/openapi.json">openapi.json</a><a href="/metrics">metrics</a></footer>
-</body>
-</html>
+</body></html>
 """
-_SIGN_OUT = Html("""<form method="post" action="/logout"><input type="hidden" name="next" value="/?done=out">
-<button>Sign out</button></form>""")
+_ALERT = '<p class="notice" role="alert">$value</p>'
+_COPYABLE = """<button type="button" class="copy needs-script" data-copy="$id">Copy</button>
+<pre id="$id" tabindex="0">$text</pre>"""
+_MORE = '<p class="faint">The first $shown of $all characters. <a href="$address">Show all</a></p>'
+_OVERVIEW = """<h1>$service</h1>
+<p class="faint">Runs functions as jobs that are submitted over HTTP.</p>
+<ul class="tiles" id="numbers" data-live>$tiles</ul>
+<section id="chart" data-live><h2>Jobs ended per hour</h2>$chart</section>
+$failures
+<h2 id="types">Job types</h2><div class="columns">$types</div>
+<section><h2 id="api">API</h2><p>Send JSON to <code>$url</code>. Errors are answered with
+<code>{"error": "a sentence"}</code>. <a href="/openapi.json">openapi.json</a> describes the whole API.</p>
+<details><summary>All routes</summary>$routes</details></section>"""
+_FAILURE = "<li>$link <small>$type, $time</small><br>$message</li>"
+_BAR = '<rect class="$status" x="$x" y="$y" width="8" height="$height"><title>from $label: $jobs $word</title></rect>'
+_CHART = """<svg class="chart" role="img" aria-label="$text" viewBox="0 0 $width 100" preserveAspectRatio="none">
+$bars</svg><div class="axis faint"><span>$hours h ago</span><span>now</span></div><p class="faint">$text.</p>"""
+_TYPE = """<section id="type-$name"><h3>$name</h3>
+<p class="faint">$facts</p><p class="doc">$doc</p>$example$form</section>"""
+_PYTHON = """import json, urllib.request
+body = json.dumps({body}).encode()
+request = urllib.request.Request("{url}", body, {{"Content-Type": "application/json"}})
+print(json.load(urllib.request.urlopen(request)))"""
+_JOBS = """<h1>Jobs</h1><form method="get" action="/job" class="row" role="search">$fields
+<button class="main">Show</button></form><br>
+$form<table class="jobs"><caption class="faint">$caption</caption>$head$rows</table>
+<p class="row">$newest$older</p>$actions$clear"""
+_SELECTION = '<form method="post" action="/console/selection"><input type="hidden" name="back" value="$value">'
+_CLEAR = """</form><section><form method="post" action="/console/clear" class="row"><div>$value</div>
+<button class="danger">Delete old jobs</button></form></section>"""
+_HEAD = """<thead><tr><th scope="col"><label class="check needs-script"><input type="checkbox" id="all"
+ aria-label="Select all"></label></th><th scope="col">Job</th><th scope="col">Type</th><th scope="col">Status</th>
+<th scope="col">Submitted</th><th scope="col">Duration</th><th scope="col">Metadata</th></tr></thead>"""
+_ROW = """<tr><td data-label="Select"><input type="checkbox" name="job_id" value="$id" aria-label="Select $id"></td>
+<th scope="row" data-label="Job">$link</th><td data-label="Type">$type</td>
+<td data-label="Status"><span class="badge $state">$word</span></td><td data-label="Submitted">$time</td>
+<td data-label="Duration">$duration</td><td data-label="Metadata">$metadata</td></tr>"""
+_ACTIONS = """<p class="row"><span>Selected jobs:</span>
+<span><label for="key">API key, to resubmit</label><input id="key" name="api_key" autocomplete="off"></span>
+<button name="action" value="resubmit">Resubmit</button><button name="action" value="cancel">Cancel</button>
+<button name="action" value="delete" class="danger">Delete</button></p>"""
+_JOB_PAGE = """<div id="head" data-live><h1 class="id">$id</h1><div class="row">
+<span class="badge $state">$word</span> $action<details><summary>Delete …</summary>$delete</details></div>
+<div id="progress"$hidden><progress max="1" value="$fraction" aria-label="Progress"></progress>
+<span class="faint">$progress</span></div></div>
+<div id="error" data-live>$error</div>
+<div class="columns"><section id="facts" data-live><h2>Job</h2>$facts</section>
+<section id="result" data-live><h2>Result</h2>$result</section></div>
+<section><h2>Log</h2><form class="row" method="get" action="$path"><div>$level</div><button>Show</button>
+<label class="check needs-script"><input type="checkbox" id="follow" checked>Follow</label></form>
+<ol class="log" id="log" tabindex="0" aria-label="Log" data-levels="$levels" data-last="$last"$events>$lines</ol>
+<p class="faint">No log lines.</p>
+<p class="faint">The newest lines. <a href="$path?_format=json">Show the whole job as JSON</a></p></section>
+<div class="columns"><section><h2>Input</h2>$input</section>
+<section id="callback" data-live><h2>Callback</h2>$callback</section></div>"""
+_KEY_FIELD = '<label class="check">API key <input name="api_key" autocomplete="off"$required></label> '
+_TRACE = '<details><summary>Traceback</summary><pre tabindex="0">$value</pre></details>'
+_SCROLL = '<div class="scroll" tabindex="0" role="region" aria-label="The first rows">$value</div>'
+
+
+class Html(str):
+    """Text that is markup already."""
+
+    def __add__(self, other: str) -> "Html":
+        return Html(str.__add__(self, other if isinstance(other, Html) else html.escape(other)))
+
+
+def render(template: str, **values: Any) -> Html:
+    """Fill in a ``string.Template``. Values that are not Html are escaped."""
+    return Html(string.Template(template).substitute({
+        name: value if isinstance(value, Html) else html.escape(str(value)) for name, value in values.items()}))
+
+
+def _each(template: str, names: str, rows: Iterable[Sequence[Any]]) -> Html:
+    """Render the template once for each row; ``names`` are those of a row's values."""
+    return Html("".join(render(template, **dict(zip(names.split(), row))) for row in rows))
+
+
+def _when(value: Any, template: str) -> Html:
+    """Render the template with ``$value``, if there is one."""
+    return render(template, value=value) if value else Html("")
+
+
+def _facts(facts: Iterable[Tuple[str, Any]]) -> Html:
+    rows = (fact for fact in facts if fact[1] is not None)
+    return render("<dl>$rows</dl>", rows=_each("<dt>$name</dt><dd>$value</dd>", "name value", rows))
+
+
+def _table(kind: str, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> Html:
+    cells = (_each("<td>$cell</td>", "cell", zip(row)) for row in rows)
+    return render('<table class="$kind"><thead><tr>$head</tr></thead><tbody>$rows</tbody></table>', kind=kind,
+                  head=_each('<th scope="col">$cell</th>', "cell", zip(head)),
+                  rows=_each("<tr>$cells</tr>", "cells", zip(cells)))
+
+
+def _form(action: str, button: str, fields: str = "", kind: str = "") -> Html:
+    return render('<form method="post" action="$action">$fields<button class="$kind">$button</button></form>',
+                  action=action, button=button, fields=fields, kind=kind)
+
+
+def _field(text: str, name: str, control: str, value: Any = "") -> Html:
+    """Return a labelled control; ``$name`` in its template stands for both of its attributes id and name."""
+    identifier = name.lstrip("_")
+    return render(f'<label for="{identifier}">$text</label>{control}', text=text, value=value,
+                  name=Html(f'id="{identifier}" name="{name}"'))
+
+
+def _select(text: str, name: str, choices: Iterable[Tuple[str, str]], selected: str) -> Html:
+    options = _each('<option value="$value"$selected>$text</option>', "value text selected", (
+        (value, text, _when(value == selected, " selected")) for value, text in choices))
+    return _field(text, name, "<select $name>$value</select>", options)
+
+
+class Viewer(NamedTuple):
+    service: str
+    is_admin: bool
+    path: str  # of the page, to return to after signing in
+    notice: str = ""  # one of NOTICES
 
 
 def render_page(viewer: Viewer, title: str, content: Html, state: str = "") -> Html:
-    """Return a whole page."""
-    links = [("/", "Overview"), ("/job", "Jobs"), *([("/console/submit", "Try it")] if viewer.is_admin else [])]
+    links = [("/", "Overview"), ("/job", "Jobs")] + [("/console/submit", "Try it")] * viewer.is_admin
     path = viewer.path.partition("?")[0]
+    sign = Html(f'<a href="/login?next={urllib.parse.quote(viewer.path)}">Sign in</a>')
+    if viewer.is_admin:
+        sign = _form("/logout", "Sign out", Html('<input type="hidden" name="next" value="/?done=out">'))
     return render(
         _PAGE, title=title, service=viewer.service, style=STYLE_PATH, script=SCRIPT_PATH, version=__version__,
-        content=content, state=state, notice=_notice(NOTICES.get(viewer.notice, "")),
-        sign=_SIGN_OUT if viewer.is_admin else render(
-            '<a href="/login?next=$next">Sign in</a>', next=urllib.parse.quote(viewer.path, safe="/")),
-        links=[render('<a href="$href"$current>$text</a>', href=href, text=text,
-                      current=Html(' aria-current="page"') if href == path else "") for href, text in links])
-
-
-def _notice(text: str, role: str = "status") -> Html:
-    return render('<p class="notice" role="$role">$text</p>', role=role, text=text) if text else Html("")
+        content=content, state=state, sign=sign,
+        notice=_when(NOTICES.get(viewer.notice), '<p class="notice" role="status">$value</p>'),
+        links=_each('<a href="$href"$current>$text</a>', "href text current", (
+            (href, text, _when(href == path, ' aria-current="page"')) for href, text in links)))
 
 
 def page_response(page: Html, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> Response:
-    """Return the response that shows a page."""
     return Response(status, page.encode("utf-8", "replace"), "text/html; charset=utf-8", [*PAGE_HEADERS, *headers])
 
 
 def error_page(viewer: Viewer, error: CspError) -> Html:
-    """Return the page for an error."""
     reason = _REASONS.get(error.status, "Error")
     return render_page(viewer, reason, render(
         '<h1>$reason</h1><section><p>$message</p><p class="faint">$detail</p><p><a href="/">Go to the overview</a></p>'
         '</section>', reason=reason, message=error.message, detail=error.detail or ""))
 
 
-_LOGIN = """<section class="login"><h1>Sign in</h1>$error<form method="post" action="/login">
-<input type="hidden" name="next" value="$next">
-<label for="username">User name</label>
-<input id="username" name="username" autocomplete="username" required value="$username">
-<label for="password">Password</label>
-<input id="password" name="password" type="password" autocomplete="current-password" required>
-<button class="main">Sign in</button></form></section>"""
-
-
 def login_page(viewer: Viewer, path: str, username: str = "", error: str = "") -> Html:
     """Return the form to sign in; it leads on to ``path``."""
-    return render_page(viewer, "Sign in", render(_LOGIN, next=path, username=username, error=_notice(error, "alert")))
-
-
-_KEY = """<section class="login"><h1>This job needs a key</h1>$error
-<p>The response to the job's submission contains it as <code>job_key</code>.</p>
-<form method="post" action="$path/key"><label for="job_key">Job key</label>
-<input id="job_key" name="job_key" autocomplete="off" required>
-<button class="main">Show the job</button></form>
-<p>Or <a href="/login?next=$next">sign in</a> as the administrator.</p></section>"""
+    fields = render('<input type="hidden" name="next" value="$next">', next=path)
+    fields += _field("User name", "username", '<input $name autocomplete="username" value="$value" required>', username)
+    fields += _field("Password", "password", '<input $name type="password" autocomplete="current-password" required>')
+    return render_page(viewer, "Sign in", render(
+        '<section class="login"><h1>Sign in</h1>$error$form</section>', error=_when(error, _ALERT),
+        form=_form("/login", "Sign in", fields, "main")))
 
 
 def key_page(viewer: Viewer, path: str, error: str = "") -> Html:
-    """Return the form that asks for the key of the job at ``path``."""
+    field = _field("Job key", "job_key", '<input $name autocomplete="off" required>')
     return render_page(viewer, "Job key", render(
-        _KEY, path=path, next=urllib.parse.quote(path), error=_notice(error, "alert")))
+        '<section class="login"><h1>This job needs a key</h1>$error<p>The response to the job\'s submission contains '
+        'it as <code>job_key</code>.</p>$form<p>Or <a href="/login?next=$next">sign in</a> as the administrator.</p>'
+        '</section>', error=_when(error, _ALERT), form=_form(path + "/key", "Show the job", field, "main"),
+        next=urllib.parse.quote(path)))
 
-
-# -- values for people
 
 def human_seconds(seconds: float) -> str:
     """Return a duration in its two largest units."""
@@ -4894,12 +4948,7 @@ def _duration(job: Job, now: float) -> str:
     return human_seconds(max(0.0, end - epoch_seconds(job.started_timestamp)))
 
 
-def _badge(state: str) -> Html:
-    return render('<span class="badge $state">$word</span>', state=state, word=STATE_WORDS.get(state, state))
-
-
 def job_path(job_id: str) -> str:
-    """Return the address of a job."""
     return "/job/" + urllib.parse.quote(job_id, safe="")
 
 
@@ -4912,12 +4961,9 @@ def _shorten(text: str, length: int) -> str:
 
 
 def _indent(text: str) -> str:
-    """Return JSON indented, or as it is if it is long or nested too deeply for Python."""
-    if len(text) > PARSED_CHARACTERS:
-        return text
     try:
-        return json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except RecursionError:
+        return text if len(text) > PARSED_CHARACTERS else json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+    except RecursionError:  # nested too deeply for Python
         return text
 
 
@@ -4928,121 +4974,61 @@ def _metadata_texts(job: Job) -> List[Tuple[str, str]]:
 
 def fit_lines(lines: Iterable[LogLine]) -> List[LogLine]:
     """Return the newest lines that fit on a page, oldest first, long messages cut. ``lines`` are newest first."""
-    room = PAGE_LOG_CHARACTERS
-    kept: List[LogLine] = []
-    for line in lines:
-        line = line._replace(message=_shorten(line.message, 2000))
-        room -= len(line.message) + 60
-        if room < 0:
-            break
-        kept.append(line)
-    return kept[::-1]
+    cut = [line._replace(message=_shorten(line.message, 2000)) for line in lines]
+    sizes = itertools.accumulate(len(line.message) + 60 for line in cut)
+    return [line for line, size in zip(cut, sizes) if size <= PAGE_LOG_CHARACTERS][::-1]
 
 
-_COPYABLE = """<button type="button" class="copy needs-script" data-copy="$id">Copy</button>
-<pre id="$id" tabindex="0">$text</pre>"""
+def _copyable(identifier: str, text: str, address: str = "") -> Html:
+    """Return the beginning of a text with a button to copy it and, if there is more, a link to the whole."""
+    return render(_COPYABLE + _MORE * (len(text) > PAGE_TEXT_CHARACTERS), id=identifier, address=address,
+                  text=text[:PAGE_TEXT_CHARACTERS], shown=f"{PAGE_TEXT_CHARACTERS:,}", all=f"{len(text):,}")
 
-
-def _text_block(identifier: str, text: str, address: str) -> Html:
-    """Return the beginning of a text, with a button to copy it and, if it is longer, a link to the whole."""
-    more = render('<p class="faint">The first $shown of $all characters. <a href="$address">Show all</a></p>',
-                  shown=f"{PAGE_TEXT_CHARACTERS:,}", all=f"{len(text):,}", address=address)
-    return render("$block$more", block=render(_COPYABLE, id=identifier, text=text[:PAGE_TEXT_CHARACTERS]),
-                  more=more if len(text) > PAGE_TEXT_CHARACTERS else "")
-
-
-def _facts(facts: Iterable[Tuple[str, Any]]) -> Html:
-    rows = [render("<dt>$name</dt><dd>$value</dd>", name=name, value=value) for name, value in facts]
-    return render("<dl>$rows</dl>", rows=rows)
-
-
-def _options(choices: Iterable[Tuple[str, str]], selected: str) -> List[Html]:
-    return [render('<option value="$value"$selected>$text</option>', value=value, text=text,
-                   selected=Html(" selected") if value == selected else "") for value, text in choices]
-
-
-# -- the overview
 
 class Overview(NamedTuple):
-    """What the overview shows. ``hours``: jobs ended by (hour since 1970, status); ``example`` a job type's name."""
-
     states: Mapping[str, int]
-    hours: Mapping[Tuple[int, str], int]
+    hours: Mapping[Tuple[int, str], int]  # jobs ended by (hour since 1970, status)
     now: float
     failures: Sequence[Job]
     types: Sequence[JobType]
     counts: Mapping[Tuple[str, str], int]
     url: str
     routes: Sequence[Route]
-    example: str
-
-
-_OVERVIEW = """<h1>$service</h1>
-<p class="faint">Runs functions as jobs that are submitted over HTTP.</p>
-<ul class="tiles" id="numbers" data-live>$tiles</ul>
-<section id="chart" data-live><h2>Jobs ended per hour</h2>$chart</section>
-$failures
-<h2 id="types">Job types</h2><div class="columns">$types</div>
-<section><h2 id="api">API</h2><p>Send JSON to <code>$url</code>. Errors are answered with
-<code>{"error": "a sentence"}</code>. <a href="/openapi.json">openapi.json</a> describes the whole API.</p>
-<details><summary>All routes</summary><table class="api"><thead><tr><th scope="col">Request</th>
-<th scope="col">What it does</th><th scope="col">Who may use it</th></tr></thead><tbody>$routes</tbody></table>
-</details></section>"""
-_TILE = '<li><a class="$state" href="/job?_status=$state"><b>$jobs</b>$word</a></li>'
-_ROUTE = "<tr><td><code>$method $path</code></td><td>$summary</td><td>$access</td></tr>"
-_FAILURE = "<li>$link <small>$type, $time</small><br>$message</li>"
-_BAR = """<rect class="$status" x="$x" y="$y" width="8" height="$height">
-<title>from $label: $jobs $word</title></rect>"""
-_CHART = """<svg class="chart" role="img" aria-label="$text" viewBox="0 0 $width 100" preserveAspectRatio="none">
-$bars</svg><div class="axis faint"><span>$hours h ago</span><span>now</span></div><p class="faint">$text.</p>"""
-_TYPE = """<section id="type-$name"><h3>$name</h3>
-<p class="faint">$facts</p><p class="doc">$doc</p>$example$form</section>"""
-_EXAMPLE = "<details><summary>How to submit</summary>$curl$python</details>"
-_PYTHON = """import json, urllib.request
-body = json.dumps({body}).encode()
-request = urllib.request.Request("{url}", body, {{"Content-Type": "application/json"}})
-print(json.load(urllib.request.urlopen(request)))"""
+    example: str  # the job type whose example is shown, if there are many
 
 
 def overview_page(viewer: Viewer, view: Overview) -> Html:
-    """Return the overview: counts, chart, latest failures, job types and the API."""
-    failures = [render(_FAILURE, link=_job_link(job.job_id), type=job.job_type,
-                       time=_time(job.finished_timestamp, view.now),
-                       message=_shorten(str(json.loads(job.error or "{}").get("message", "")), 160))
-                for job in view.failures]
+    failures = _each(_FAILURE, "link type time message", (
+        (_job_link(job.job_id), job.job_type, _time(job.finished_timestamp, view.now),
+         _shorten(str(json.loads(job.error or "{}").get("message", "")), 160)) for job in view.failures))
     return render_page(viewer, "Overview", render(
         _OVERVIEW, service=viewer.service, chart=_chart(view.hours, view.now), url=view.url,
-        tiles=[render(_TILE, state=state, jobs=f"{jobs:,}", word=STATE_WORDS[state])
-               for state, jobs in view.states.items()],
-        failures=render('<section id="failures" data-live><h2>Latest failures</h2>$list</section>',
-                        list=render("<ul>$rows</ul>", rows=failures) if failures else "None.")
-        if viewer.is_admin else "",
-        types=[_type_section(viewer, view, job_type) for job_type in view.types] or
+        tiles=_each('<li><a class="$state" href="/job?_status=$state"><b>$jobs</b>$word</a></li>', "state jobs word", (
+            (state, f"{jobs:,}", STATE_WORDS[state]) for state, jobs in view.states.items())),
+        failures=_when(viewer.is_admin and (_when(failures, "<ul>$value</ul>") or "None."),
+                       '<section id="failures" data-live><h2>Latest failures</h2>$value</section>'),
+        types=Html("".join(_type_section(viewer, view, job_type) for job_type in view.types)) or
         Html("<p>No job types. Name a module with --jobs.</p>"),
-        routes=[render(_ROUTE, method=route.method, path=route.path, summary=route.summary, access=route.access)
-                for route in view.routes]))
+        routes=_table("api", ("Request", "What it does", "Who may use it"), (
+            (render("<code>$method $path</code>", method=route.method, path=route.path), route.summary, route.access)
+            for route in view.routes))))
 
 
 def _chart(hours: Mapping[Tuple[int, str], int], now: float) -> Html:
     """Return a bar chart of the last CHART_HOURS hours, failures on top."""
     first = int(now // 3600) - CHART_HOURS + 1
-    numbers = [[hours.get((hour, status), 0) for status in (COMPLETE, ERROR)]
+    numbers = [(hours.get((hour, COMPLETE), 0), hours.get((hour, ERROR), 0))
                for hour in range(first, first + CHART_HOURS)]
     most = max(*map(sum, numbers), 1)
-    bars: List[Html] = []
-    for index, row in enumerate(numbers):
-        label = time.strftime("%H:%M", time.localtime((first + index) * 3600))
-        top = 100.0
-        for status, jobs in zip((COMPLETE, ERROR), row):
-            height = 100 * jobs / most
-            top -= height
-            if jobs:
-                bars.append(render(_BAR, status=status, x=index * 10 + 1, y=f"{top:.2f}", height=f"{height:.2f}",
-                                   label=label, jobs=f"{jobs:,}", word=STATE_WORDS[status]))
+    bars = ((status, index * 10 + 1, f"{100 - 100 * top / most:.2f}", f"{100 * jobs / most:.2f}",
+             time.strftime("%H:%M", time.localtime((first + index) * 3600)), f"{jobs:,}", STATE_WORDS[status])
+            for index, (complete, error) in enumerate(numbers)
+            for status, jobs, top in ((COMPLETE, complete, complete), (ERROR, error, complete + error)) if jobs)
     complete, error = map(sum, zip(*numbers))
     text = f"{complete:,} complete and {error:,} failed in the last {CHART_HOURS} hours, at most {most:,} in one hour"
     return render(_CHART, text=text if complete + error else f"No jobs ended in the last {CHART_HOURS} hours",
-                  bars=bars, width=CHART_HOURS * 10, hours=CHART_HOURS)
+                  bars=_each(_BAR, "status x y height label jobs word", bars), width=CHART_HOURS * 10,
+                  hours=CHART_HOURS)
 
 
 def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
@@ -5051,237 +5037,150 @@ def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
     name = job_type.name
     facts = ["synchronous" if job_type.synchronous else "asynchronous", ", ".join(
         f"{view.counts.get((name, status), 0):,} {STATE_WORDS[status]}" for status in (COMPLETE, ERROR))]
-    if job_type.timeout:
-        facts.append(f"timeout {job_type.timeout:g} s")
-    if job_type.retries:
-        facts.append(f"retries {job_type.retries}")
+    facts += [f"timeout {job_type.timeout:g} s"] if job_type.timeout else []
+    facts += [f"retries {job_type.retries}"] if job_type.retries else []
     if len(view.types) <= PAGE_SNIPPETS or view.example == name:
         body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
         curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {shlex.quote(view.url)}"
-        example = render(_EXAMPLE, curl=render(_COPYABLE, id=f"curl-{name}", text=curl),
-                         python=render(_COPYABLE, id=f"python-{name}", text=_PYTHON.format(body=body, url=view.url)))
+        example = render("<details><summary>How to submit</summary>$curl$python</details>",
+                         curl=_copyable(f"curl-{name}", curl),
+                         python=_copyable(f"python-{name}", _PYTHON.format(body=body, url=view.url)))
     else:
         example = render('<p><a href="/?type=$name#type-$name">How to submit</a></p>', name=name)
-    form = render('<p><a href="/console/submit?type=$name">Try it</a></p>', name=urllib.parse.quote(name))
-    return render(_TYPE, name=name, facts=" · ".join(facts), example=example, form=form if viewer.is_admin else "",
+    form = Html(f'<p><a href="/console/submit?type={urllib.parse.quote(name)}">Try it</a></p>')
+    return render(_TYPE, name=name, facts=" · ".join(facts), example=example, form=_when(viewer.is_admin, form),
                   doc=_shorten(inspect.getdoc(job_type.function) or "", 600))
 
 
-# -- the list of jobs
-
 class JobsView(NamedTuple):
-    """What the list shows: ``jobs`` without their data, the query that selected them, the next page's address."""
-
-    jobs: Sequence[Job]
+    jobs: Sequence[Job]  # without their data
     query: Mapping[str, str]
-    following: str
+    following: str  # the address of the next page
     types: Sequence[str]
     keep_days: int
     now: float
 
 
-_JOBS = """<h1>Jobs</h1>
-<form method="get" action="/job" class="row" role="search"><div><label for="status">Status</label>
-<select id="status" name="_status">$statuses</select></div>
-<div><label for="type">Type</label><select id="type" name="_type">$types</select></div>
-<div><label for="metadata">Metadata</label>
-<input id="metadata" name="_metadata" value="$metadata" placeholder="key=value"></div>
-<div><label for="id">ID starts with</label><input id="id" name="_id" value="$id"></div>
-<button class="main">Show</button></form><br>"""
-_TABLE = """<table class="jobs"><caption class="faint">$caption</caption>$rows</table>
-<p class="row">$pages</p>"""
-_ADMIN_TABLE = """<form method="post" action="/console/selection"><input type="hidden" name="back" value="$back">
-$table$actions</form><section><form method="post" action="/console/clear" class="row"><div>
-<label for="days">Delete jobs that ended more than this many days ago</label>
-<input id="days" name="days" type="number" min="0" max="36500" value="$days" required></div>
-<button class="danger">Delete old jobs</button></form></section>"""
-_HEAD = Html("""<thead><tr><th scope="col"><label class="check needs-script"><input type="checkbox" id="all"
- aria-label="Select all"></label></th><th scope="col">Job</th><th scope="col">Type</th><th scope="col">Status</th>
-<th scope="col">Submitted</th><th scope="col">Duration</th><th scope="col">Metadata</th></tr></thead>""")
-_ROW = """<tr><td data-label="Select"><input type="checkbox" name="job_id" value="$id" aria-label="Select $id"></td>
-<th scope="row" data-label="Job">$link</th><td data-label="Type">$type</td>
-<td data-label="Status">$badge</td><td data-label="Submitted">$time</td><td data-label="Duration">$duration</td>
-<td data-label="Metadata">$metadata</td></tr>"""
-_ACTIONS = Html("""<p class="row"><span>Selected jobs:</span>
-<span><label for="key">API key, to resubmit</label><input id="key" name="api_key" autocomplete="off"></span>
-<button name="action" value="resubmit">Resubmit</button><button name="action" value="cancel">Cancel</button>
-<button name="action" value="delete" class="danger">Delete</button></p>""")
-
-
 def jobs_page(viewer: Viewer, view: JobsView) -> Html:
     """Return a page of the list. Only the administrator sees more than IDs, as in the JSON."""
-    filters = {name: view.query.get("_" + name, "") for name in ("status", "type", "metadata", "id")}
+    query, jobs = view.query, view.jobs
     if viewer.is_admin:
-        rows = [_HEAD if view.jobs else "", *(_job_row(job, view.now) for job in view.jobs)]
+        rows = _each(_ROW, "id link type state word time duration metadata", (
+            (job.job_id, _job_link(job.job_id), job.job_type, job.state, STATE_WORDS.get(job.state, job.state),
+             _time(job.requested_timestamp, view.now), _duration(job, view.now),
+             _shorten(", ".join(map("=".join, _metadata_texts(job))), 120) or "–") for job in jobs))
     else:
-        rows = [render('<tr><td data-label="Job">$link</td></tr>', link=_job_link(job.job_id)) for job in view.jobs]
-    pages = [Html('<a class="button" href="/job">Newest</a>')] if view.query else []
-    if view.following:
-        pages.append(render('<a class="button" href="$path" rel="next">Older</a>', path=view.following))
-    filtered = any(value for name, value in view.query.items() if name != "done")
-    caption = "" if view.jobs else "No jobs match." if filtered else "No jobs yet."
-    content = render(_TABLE, caption=caption, rows=rows, pages=pages)
-    if viewer.is_admin:
-        content = render(_ADMIN_TABLE, table=content, back=viewer.path, days=view.keep_days,
-                         actions=_ACTIONS if view.jobs else "")
-    return render_page(viewer, "Jobs", Html(render(
-        _JOBS, metadata=filters["metadata"], id=filters["id"],
-        statuses=_options([("", "all"), *STATE_WORDS.items()], filters["status"]),
-        types=_options([("", "all"), *((name, name) for name in view.types)], filters["type"])) + content))
+        rows = _each('<tr><td data-label="Job">$link</td></tr>', "link", zip(_job_link(job.job_id) for job in jobs))
+    is_filtered = any(value for name, value in query.items() if name != "done")
+    days = _field("Delete jobs that ended more than this many days ago", "days",
+                  '<input $name type="number" min="0" max="36500" value="$value" required>', view.keep_days)
+    return render_page(viewer, "Jobs", render(
+        _JOBS, form=_when(viewer.is_admin and viewer.path, _SELECTION), rows=rows,
+        caption="" if jobs else "No jobs match." if is_filtered else "No jobs yet.",
+        head=_when(viewer.is_admin and jobs, _HEAD), newest=_when(query, '<a class="button" href="/job">Newest</a>'),
+        older=_when(view.following, '<a class="button" href="$value" rel="next">Older</a>'),
+        actions=_when(viewer.is_admin and jobs, _ACTIONS), clear=_when(viewer.is_admin and days, _CLEAR),
+        fields=_each("<div>$field</div>", "field", zip((
+            _select("Status", "_status", [("", "all"), *STATE_WORDS.items()], query.get("_status", "")),
+            _select("Type", "_type", [("", "all"), *zip(view.types, view.types)], query.get("_type", "")),
+            _field("Metadata", "_metadata", '<input $name value="$value" placeholder="key=value">',
+                   query.get("_metadata", "")),
+            _field("ID starts with", "_id", '<input $name value="$value">', query.get("_id", "")))))))
 
-
-def _job_row(job: Job, now: float) -> Html:
-    metadata = ", ".join(f"{key}={value}" for key, value in _metadata_texts(job))
-    return render(_ROW, id=job.job_id, link=_job_link(job.job_id), type=job.job_type, badge=_badge(job.state),
-                  time=_time(job.requested_timestamp, now), duration=_duration(job, now),
-                  metadata=_shorten(metadata, 120) or "–")
-
-
-# -- one job
 
 class JobView(NamedTuple):
-    """What a job's page shows: ``lines`` are the newest of its log, oldest first; events follow ``last_id``."""
-
     job: Job
-    lines: Sequence[LogLine]
-    last_id: int
+    lines: Sequence[LogLine]  # the newest of its log, oldest first
+    last_id: int  # events follow this line
     level: str
     now: float
 
 
-_JOB_PAGE = """<div id="head" data-live><h1 class="id">$id</h1><div class="row">$badge $action
-<details><summary>Delete …</summary><form method="post" action="$path/delete">
-<button class="danger">Delete permanently</button></form></details></div>
-<div id="progress"$hidden><progress max="1" value="$fraction" aria-label="Progress"></progress>
-<span class="faint">$progress</span></div></div>
-<div id="error" data-live>$error</div>
-<div class="columns"><section id="facts" data-live><h2>Job</h2>$facts</section>
-<section id="result" data-live><h2>Result</h2>$result</section></div>
-<section><h2>Log</h2><form class="row" method="get" action="$path"><div><label for="level">Level</label>
-<select id="level" name="level">$level_options</select></div><button>Show</button>
-<label class="check needs-script"><input type="checkbox" id="follow" checked>Follow</label></form>
-<ol class="log" id="log" tabindex="0" aria-label="Log" data-levels="$levels" data-last="$last"$events>$lines</ol>
-<p class="faint">No log lines.</p>
-<p class="faint">The newest lines. <a href="$path?_format=json">Show the whole job as JSON</a></p></section>
-<div class="columns"><section><h2>Input</h2>$input</section>
-<section id="callback" data-live><h2>Callback</h2>$callback</section></div>"""
-_KEY_FORM = """<form method="post" action="$path/$action"><label class="check">API key
-<input name="api_key"$required autocomplete="off"></label> <button>$text</button></form>"""
-_CSV = """<div class="scroll" tabindex="0" role="region" aria-label="The first rows"><table>
-<thead><tr>$head</tr></thead><tbody>$rows</tbody></table></div>"""
-
-
 def job_page(viewer: Viewer, view: JobView) -> Html:
-    """Return the page of a job."""
     job, path, now = view.job, job_path(view.job.job_id), view.now
-    progress: Dict[str, Any] = json.loads(job.progress) if job.progress else {"fraction": 0, "message": None}
-    if job.status == PENDING:
-        action = render('<form method="post" action="$path/cancel"><button>Cancel</button></form>', path=path)
-        events = render(' data-events="$path/events"', path=path)
-    else:
-        action = render(_KEY_FORM, path=path, action="resubmit", required=Html(" required"), text="Resubmit")
-        events = Html("")
-    levels = [("", "all"), *((name, f"{name} and above") for name in reversed(list(LEVELS)))]
+    is_pending = job.status == PENDING
+    progress: Dict[str, Any] = json.loads(job.progress or '{"fraction": 0, "message": null}')
     facts: List[Tuple[str, Any]] = [
         ("Type", job.job_type), ("Submitted", _time(job.requested_timestamp, now, True)),
         ("Started", _time(job.started_timestamp, now, True)), ("Ended", _time(job.finished_timestamp, now, True)),
-        ("Duration", _duration(job, now)), ("Attempts", job.attempts)]
-    if job.resubmitted_from:
-        facts.append(("Resubmitted from", _job_link(job.resubmitted_from)))
-    facts += [(_shorten(key, 60), _shorten(value, 300)) for key, value in _metadata_texts(job)]
+        ("Duration", _duration(job, now)), ("Attempts", job.attempts),
+        ("Resubmitted from", job.resubmitted_from and _job_link(job.resubmitted_from)),
+        *((_shorten(key, 60), _shorten(value, 300)) for key, value in _metadata_texts(job))]
+    levels = [("", "all"), *((name, f"{name} and above") for name in reversed(list(LEVELS)))]
     return render_page(viewer, job.job_id, render(
-        _JOB_PAGE, id=job.job_id, path=path, badge=_badge(job.state), action=action, events=events,
-        hidden="" if job.progress else Html(" hidden"), fraction=progress["fraction"],
+        _JOB_PAGE, id=job.job_id, path=path, state=job.state, word=STATE_WORDS.get(job.state, job.state),
+        action=_form(path + "/cancel", "Cancel") if is_pending else
+        _form(path + "/resubmit", "Resubmit", render(_KEY_FIELD, required=Html(" required"))),
+        delete=_form(path + "/delete", "Delete permanently", kind="danger"),
+        hidden=_when(not job.progress, " hidden"), fraction=progress["fraction"],
         progress=f"{progress['fraction'] * 100:.0f} % {progress['message'] or ''}", error=_error_section(job),
         facts=_facts(facts[:60]), result=_result(job, path), callback=_callback(job, path, now),
-        level_options=_options(levels, view.level), levels=" ".join(LEVELS.get(view.level, ())), last=view.last_id,
-        lines=[render('<li class="$level">$time <b>$level</b> $message</li>', time=line.timestamp[11:23],
-                      level=line.level, message=line.message) for line in view.lines],
+        level=_select("Level", "level", levels, view.level), levels=" ".join(LEVELS.get(view.level, ())),
+        last=view.last_id, events=_when(is_pending and path, ' data-events="$value/events"'),
+        lines=_each('<li class="$level">$time <b>$level</b> $message</li>', "level time message", (
+            (line.level, line.timestamp[11:23], line.message) for line in view.lines)),
         input="None." if job.sent_data in (None, "null") else
-        _text_block("input", _indent(job.sent_data), path + "?_format=json")), state=job.state)
+        _copyable("input", _indent(job.sent_data), path + "?_format=json")), state=job.state)
 
 
 def _error_section(job: Job) -> Html:
     if job.error is None:
         return Html("")
     error = json.loads(job.error)
-    message, trace = str(error.pop("message", "")), error.pop("traceback", None)
-    pre = '<pre tabindex="0">$text</pre>'
+    message, trace = str(error.pop("message", "")), str(error.pop("traceback", None) or "")
     return render(
         "<section><h2>Error</h2><p>$message</p>$rest$trace</section>", message=_shorten(message, PAGE_TEXT_CHARACTERS),
-        rest=render(pre, text=_shorten(to_json(error), PAGE_TEXT_CHARACTERS)) if error else "",
-        trace=render(f"<details><summary>Traceback</summary>{pre}</details>", text=str(trace)[-PAGE_TEXT_CHARACTERS:])
-        if trace else "")
+        rest=_when(error and _shorten(to_json(error), PAGE_TEXT_CHARACTERS), '<pre tabindex="0">$value</pre>'),
+        trace=_when(trace[-PAGE_TEXT_CHARACTERS:], _TRACE))
 
 
 def _result(job: Job, path: str) -> Html:
     """Return the result shown according to its media type: image, table, text, JSON, or a link to it."""
+    import csv
     if job.status != COMPLETE:
         return Html("None." if job.status == ERROR else "Not yet.")
     data = Response.data(job)
     kind = data.content_type.partition(";")[0].strip().lower()
     body = data.body if isinstance(data.body, bytes) else b"".join(data.body)
+    text = "" if isinstance(job.data, bytes) else body.decode("utf-8")
+    content = Html("")
     if re.fullmatch("image/(?:png|jpeg|gif|webp)", kind):
-        content = render('<img class="result" src="$path/data" alt="The result">', path=path)
-    elif isinstance(job.data, bytes):
-        content = Html("")
-    elif kind == "text/csv":
-        content = _csv_table(body.decode("utf-8"))
-    else:
-        text = body.decode("utf-8")
-        content = _text_block("data", text if (job.data or "").startswith('"') else _indent(text), path + "/data")
+        content = Html(f'<img class="result" src="{path}/data" alt="The result">')
+    elif kind == "text/csv" and text:
+        # The reader raises csv.Error for a NUL (before Python 3.11) and for a line end of old Macs.
+        lines = csv.reader(io.StringIO(text[:PAGE_TEXT_CHARACTERS * 2].replace("\0", ""), newline=None))
+        rows = [[_shorten(cell, 100) for cell in row[:20]] for row in itertools.islice(lines, 51)] or [[]]
+        content = _when(_table("csv", rows[0], rows[1:]), _SCROLL)
+    elif not isinstance(job.data, bytes):
+        is_text = (job.data or "").startswith('"')
+        content = _copyable("data", text if is_text else _indent(text), path + "/data")
     return render('<p><a href="$path/data">$kind, $size bytes</a></p>$content', path=path, kind=kind,
                   size=f"{len(body):,}", content=content)
-
-
-def _csv_table(text: str) -> Html:
-    """Return the first rows and columns as a table."""
-    import csv
-    lines = csv.reader(io.StringIO(text[:PAGE_TEXT_CHARACTERS * 2]))
-    try:
-        rows = [[_shorten(cell, 100) for cell in row[:20]] for row in itertools.islice(lines, 51)]
-    except csv.Error:
-        rows = []
-    return render(
-        _CSV, head=[render('<th scope="col">$cell</th>', cell=cell) for cell in (rows[0] if rows else [])],
-        rows=[render("<tr>$cells</tr>", cells=[render("<td>$cell</td>", cell=cell) for cell in row])
-              for row in rows[1:]])
 
 
 def _callback(job: Job, path: str, now: float) -> Html:
     if job.result_url is None:
         return Html("None: the job was submitted without a result_url.")
-    facts: List[Tuple[str, Any]] = [("To", job.result_url)]
-    if job.callback_status is not None:
-        facts += [("Status", job.callback_status), ("Attempts", job.callback_attempts)]
-        facts += [("Last error", job.callback_error)] if job.callback_error else []
-        if job.callback_at is not None:
-            wait = job.callback_at - now
-            facts.append(("Next attempt", f"in {human_seconds(wait)}" if wait > 0 else "now"))
-    again = render(_KEY_FORM, path=path, action="callback", required="", text="Send again")
-    return render("$facts$again", facts=_facts(facts), again=again if job.status != PENDING else "")
-
-
-# -- try it
-
-_SUBMIT = """<h1>Try it</h1>$error<section><form method="post" action="/console/submit">
-<p><label for="job_type">Job type</label><select id="job_type" name="job_type">$types</select></p>
-<p><label for="data">Data (JSON)</label><textarea id="data" name="data" spellcheck="false">$data</textarea></p>
-<p><label for="metadata">Metadata (a JSON object)</label>
-<textarea id="metadata" name="metadata" spellcheck="false">$metadata</textarea></p>
-<p><label for="result_url">Callback URL</label>
-<input id="result_url" name="result_url" type="url" value="$result_url" size="60"></p>
-<p><label for="api_key">API key</label>
-<input id="api_key" name="api_key" value="$api_key" required autocomplete="off"></p>
-<button class="main">Submit</button></form></section>"""
+    wait = None if job.callback_at is None else job.callback_at - now
+    facts = _facts([
+        ("To", job.result_url), ("Status", job.callback_status),
+        ("Attempts", job.callback_attempts if job.callback_status else None),
+        ("Last error", job.callback_error or None),
+        ("Next attempt", None if wait is None else f"in {human_seconds(wait)}" if wait > 0 else "now")])
+    again = _form(path + "/callback", "Send again", render(_KEY_FIELD, required=""))
+    return facts + _when(job.status != PENDING, again)
 
 
 def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str], error: str = "") -> Html:
-    """Return the form that submits a job, filled in with ``form``."""
-    values = {name: form.get(name, "") for name in ("data", "metadata", "result_url", "api_key")}
+    controls = (("Data (JSON)", "data", '<textarea $name spellcheck="false">$value</textarea>'),
+                ("Metadata (a JSON object)", "metadata", '<textarea $name spellcheck="false">$value</textarea>'),
+                ("Callback URL", "result_url", '<input $name type="url" value="$value" size="60">'),
+                ("API key", "api_key", '<input $name value="$value" required autocomplete="off">'))
+    fields = [_select("Job type", "job_type", [*zip(types, types)], form.get("job_type", "")),
+              *(_field(text, name, control, form.get(name, "")) for text, name, control in controls)]
     return render_page(viewer, "Try it", render(
-        _SUBMIT, types=_options([(name, name) for name in types], form.get("job_type", "")),
-        error=_notice(error, "alert"), **values))
+        "<h1>Try it</h1>$error<section>$form</section>", error=_when(error, _ALERT), form=_form(
+            "/console/submit", "Submit", _each("<p>$field</p>", "field", zip(fields)), "main")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

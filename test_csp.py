@@ -41,7 +41,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import tracemalloc
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -583,18 +582,37 @@ def driver(tmp_path_factory):
             yield url
 
 
+@pytest.fixture(scope="session")
+def browsers(driver, tmp_path_factory):
+    """Return a function that gives a Browser, one for each set of options; they are closed after all tests."""
+    opened = {}
+
+    def get(**options):
+        key = tuple(sorted(options.items()))
+        if key not in opened:
+            opened[key] = Browser(driver, tmp_path_factory.mktemp("profile"), **options)
+        return opened[key]
+
+    yield get
+    for browser in opened.values():
+        browser.close()
+
+
 @pytest.fixture
-def browse(driver, tmp_path):
-    """Return a function that opens a Browser, which is closed at the end of the test."""
-    browsers = []
+def browse(browsers):
+    """Return a function that gives a Browser that has kept nothing of the tests before: one for each set of options."""
+    used = []
 
     def open_browser(**options):
-        browsers.append(Browser(driver, tmp_path / f"profile-{len(browsers)}", **options))
-        return browsers[-1]
+        used.append(browsers(**options))
+        return used[-1]
 
     yield open_browser
-    for browser in browsers:
-        browser.close()
+    for browser in used:
+        browser.open("about:blank")
+        for command in ("Network.clearBrowserCookies", "Network.clearBrowserCache"):
+            browser.cdp(command)
+        browser.complaints()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -738,12 +756,9 @@ class TestSource:
         [
             ("sqlite3", None, ["Store", "Opening"]),
             ("socket", None, ["Callbacks", "Executors", "Transports", "Process"]),
-            ("multiprocessing", None, ["Executors"]),
-            ("subprocess", None, ["Executors"]),
-            ("socketserver", None, ["Transports"]),
-            ("argparse", None, ["Command line"]),
-            ("os", "environ", ["Settings", "Command line"]),
-            ("os", "getenv", ["Settings", "Command line"]),
+            ("multiprocessing", None, ["Executors"]), ("subprocess", None, ["Executors"]),
+            ("socketserver", None, ["Transports"]), ("argparse", None, ["Command line"]),
+            ("os", "environ", ["Settings", "Command line"]), ("os", "getenv", ["Settings", "Command line"]),
             ("sys", "argv", ["Settings", "Command line"]),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
@@ -809,13 +824,8 @@ class TestSource:
             "assert threading.active_count() == 1; print(csp.__version__)"
         )
         done = subprocess.run(
-            [sys.executable, *options, "-c", code, str(HERE)],
-            cwd=str(tmp_path),
-            env={},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=PATIENCE_SECONDS,
+            [sys.executable, *options, "-c", code, str(HERE)], cwd=str(tmp_path), env={}, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, universal_newlines=True, timeout=PATIENCE_SECONDS,
         )
         assert (done.stdout.strip(), done.stderr, done.returncode) == (csp.__version__, "", 0)
         assert list(tmp_path.iterdir()) == []
@@ -861,12 +871,8 @@ class TestSource:
             "ckanserviceprovider.util as util; from ckanserviceprovider import web; print(util.JobError('x'))"
         )
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", code],
-            cwd=str(tmp_path),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=PATIENCE_SECONDS,
+            [sys.executable, "-I", "-S", "-c", code], cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            universal_newlines=True, timeout=PATIENCE_SECONDS,
         )
         assert (done.stdout.strip(), done.stderr) == ("x", "")
 
@@ -880,11 +886,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         "error, status",
         [
-            (functools.partial(csp.CspError, 400), 400),
-            (csp.Forbidden, 403),
-            (csp.Conflict, 409),
-            (lambda message: csp.TooManyRequests(message, 5), 429),
-            (csp.Unavailable, 503),
+            (functools.partial(csp.CspError, 400), 400), (csp.Forbidden, 403), (csp.Conflict, 409),
+            (lambda message: csp.TooManyRequests(message, 5), 429), (csp.Unavailable, 503),
         ],
         ids=lambda value: str(value) if isinstance(value, int) else "",
     )
@@ -923,124 +926,50 @@ BOUNDED_NUMBERS = pytest.mark.skipif(
     not hasattr(sys, "get_int_max_str_digits"), reason="this Python has no bound for the digits of a number"
 )
 GOOD_JSON = {
-    "null": (b"null", None),
-    "true": (b"true", True),
-    "false": (b"false", False),
-    "zero": (b"0", 0),
-    "minus zero": (b"-0", 0),
-    "integer": (b"-123", -123),
-    "fraction": (b"1.50", 1.5),
-    "exponent": (b"1e2", 100.0),
-    "capital exponent": (b"1E+2", 100.0),
-    "negative exponent": (b"25e-1", 2.5),
+    "null": (b"null", None), "true": (b"true", True), "false": (b"false", False), "zero": (b"0", 0),
+    "minus zero": (b"-0", 0), "integer": (b"-123", -123), "fraction": (b"1.50", 1.5), "exponent": (b"1e2", 100.0),
+    "capital exponent": (b"1E+2", 100.0), "negative exponent": (b"25e-1", 2.5),
     "more than 64 bits": (b"123456789012345678901234567890", 123456789012345678901234567890),
-    "4,000 digits": (b"1" + b"0" * 4000, 10**4000),
-    "underflow": (b"1e-999", 0.0),
-    "empty string": (b'""', ""),
-    "string": (b'"a"', "a"),
-    "utf-8": ('"\u00fc\u20ac\U0001f600"'.encode(), "ü€\U0001f600"),
-    "escapes": (rb'"\"\\\/\b\f\n\r\t"', '"\\/\b\f\n\r\t'),
-    "escaped letter": (rb'"\u00fc\u00FC"', "üü"),
-    "escaped nul": (rb'"\u0000"', "\0"),
-    "escaped pair": (rb'"\ud83d\ude00"', "\U0001f600"),
-    "noncharacter": (rb'"\uffff"', "\uffff"),
-    "delete character": (b'"\x7f"', "\x7f"),
-    "line separator": ('"\u2028\u2029"'.encode(), "\u2028\u2029"),
-    "bom in a string": ('"\ufeff"'.encode(), "\ufeff"),
-    "escaped backslash before u": (rb'"\\ud800"', "\\ud800"),
-    "empty array": (b"[]", []),
-    "empty object": (b"{}", {}),
-    "array": (b"[1, [2], {}]", [1, [2], {}]),
-    "object": (b'{"a": {"": null}}', {"a": {"": None}}),
+    "4,000 digits": (b"1" + b"0" * 4000, 10**4000), "underflow": (b"1e-999", 0.0), "empty string": (b'""', ""),
+    "string": (b'"a"', "a"), "utf-8": ('"\u00fc\u20ac\U0001f600"'.encode(), "ü€\U0001f600"),
+    "escapes": (rb'"\"\\\/\b\f\n\r\t"', '"\\/\b\f\n\r\t'), "escaped letter": (rb'"\u00fc\u00FC"', "üü"),
+    "escaped nul": (rb'"\u0000"', "\0"), "escaped pair": (rb'"\ud83d\ude00"', "\U0001f600"),
+    "noncharacter": (rb'"\uffff"', "\uffff"), "delete character": (b'"\x7f"', "\x7f"),
+    "line separator": ('"\u2028\u2029"'.encode(), "\u2028\u2029"), "bom in a string": ('"\ufeff"'.encode(), "\ufeff"),
+    "escaped backslash before u": (rb'"\\ud800"', "\\ud800"), "empty array": (b"[]", []), "empty object": (b"{}", {}),
+    "array": (b"[1, [2], {}]", [1, [2], {}]), "object": (b'{"a": {"": null}}', {"a": {"": None}}),
     "all white space": (b" \t\r\n[ \t\r\n1 \t\r\n, 2 ] \t\r\n", [1, 2]),
-    "nesting of 100": (b"[" * 100 + b"]" * 100, None),
-    "same key at two levels": (b'{"a": {"a": 1}}', {"a": {"a": 1}}),
+    "nesting of 100": (b"[" * 100 + b"]" * 100, None), "same key at two levels": (b'{"a": {"a": 1}}', {"a": {"a": 1}}),
     "wide": (b"[" + b"[]," * 500 + b"0]", [[]] * 500 + [0]),
     "brackets in strings": (b'["' + b"[{" * 500 + rb"\"[" + b'"]', ["[{" * 500 + '"[']),
     "a string that ends with a backslash": (b'["' + b"[" * 200 + rb'\\", "]"]', ["[" * 200 + "\\", "]"]),
     "keys that differ in case": (b'{"a": 1, "A": 2}', {"a": 1, "A": 2}),
 }
 BAD_JSON = {
-    "nothing": b"",
-    "white space only": b" \n",
-    "NaN": b"NaN",
-    "-NaN": b"-NaN",
-    "Infinity": b"Infinity",
-    "-Infinity": b"-Infinity",
-    "nan": b"nan",
-    "inf": b"inf",
-    "NaN inside": b'{"a": [NaN]}',
-    "True": b"True",
-    "None": b"None",
-    "undefined": b"undefined",
-    "word": b"abc",
-    "cut word": b"tru",
-    "two values": b"1 2",
-    "text after the value": b"{} x",
-    "comma after an element": b"[1,]",
-    "comma after a member": b'{"a": 1,}',
-    "comma only": b"[,]",
-    "two commas": b"[1,,2]",
-    "no comma": b"[1 2]",
-    "no colon": b'{"a" 1}',
-    "no value": b'{"a":}',
-    "no key": b"{: 1}",
-    "number as a key": b"{1: 2}",
-    "bare key": b"{a: 1}",
-    "single quotes": b"{'a': 1}",
-    "leading zero": b"01",
-    "leading zero below zero": b"-01",
-    "plus": b"+1",
-    "point first": b".5",
-    "point last": b"1.",
-    "no exponent": b"1e",
-    "hexadecimal": b"0x10",
-    "underscore": b"1_000",
-    "arabic digits": "\u0663".encode(),
-    "minus only": b"-",
-    "minus and space": b"- 1",
-    "two points": b"1.2.3",
-    "open string": b'"a',
-    "open array": b"[1",
-    "open object": b'{"a": 1',
-    "closed twice": b"[]]",
-    "mixed": b"[}",
-    "newline in a string": b'"a\nb"',
-    "tab in a string": b'"a\tb"',
-    "nul in a string": b'"a\0b"',
-    "escape character in a string": b'"\x1b"',
-    "unknown escape": rb'"\x41"',
-    "short escape": rb'"\u12"',
-    "escape of a sign": rb'"\u+123"',
-    "backslash at the end": b'"\\',
-    "form feed": b"\x0c1",
-    "vertical tab": b"\x0b1",
-    "no-break space": "\u00a01".encode(),
-    "nul after": b"1\0",
-    "comment": b"/* a */ 1",
-    "line comment": b"1 // a",
-    "bom": b"\xef\xbb\xbf{}",
-    "utf-16": '{"a": 1}'.encode("utf-16"),
-    "utf-16 without bom": '{"a": 1}'.encode("utf-16-le"),
-    "latin-1": '"\u00fc"'.encode("latin-1"),
-    "cut utf-8": b'"\xe2\x82"',
-    "overlong utf-8": b'"\xc0\xaf"',
-    "surrogate in utf-8": b'"\xed\xa0\x80"',
-    "beyond unicode": b'"\xf4\x90\x80\x80"',
-    "lone high surrogate": rb'"\ud800"',
-    "lone low surrogate": rb'"\udc00"',
-    "reversed pair": rb'"\ude00\ud83d"',
-    "lone surrogate in a key": rb'{"\uD800": 1}',
-    "high surrogate and letter": rb'"\ud800\u0041"',
-    "same key twice": b'{"a": 1, "a": 2}',
-    "same key twice inside": b'[{"b": {"a": 1, "a": 1}}]',
-    "same key, once escaped": rb'{"a": 1, "\u0061": 2}',
-    "nesting of 101": b"[" * 101 + b"]" * 101,
-    "nesting of 101 objects": b'{"a":' * 101 + b"1" + b"}" * 101,
-    "100,000 open brackets": b"[" * 100_000,
-    "100,000 brackets": b"[" * 100_000 + b"]" * 100_000,
-    "100,000 open objects": b'{"a":' * 100_000,
-    "brackets after a string": rb'"\\"' + b"[" * 100_000 + b"]" * 100_000,
+    "nothing": b"", "white space only": b" \n", "NaN": b"NaN", "-NaN": b"-NaN", "Infinity": b"Infinity",
+    "-Infinity": b"-Infinity", "nan": b"nan", "inf": b"inf", "NaN inside": b'{"a": [NaN]}', "True": b"True",
+    "None": b"None", "undefined": b"undefined", "word": b"abc", "cut word": b"tru", "two values": b"1 2",
+    "text after the value": b"{} x", "comma after an element": b"[1,]", "comma after a member": b'{"a": 1,}',
+    "comma only": b"[,]", "two commas": b"[1,,2]", "no comma": b"[1 2]", "no colon": b'{"a" 1}', "no value": b'{"a":}',
+    "no key": b"{: 1}", "number as a key": b"{1: 2}", "bare key": b"{a: 1}", "single quotes": b"{'a': 1}",
+    "leading zero": b"01", "leading zero below zero": b"-01", "plus": b"+1", "point first": b".5", "point last": b"1.",
+    "no exponent": b"1e", "hexadecimal": b"0x10", "underscore": b"1_000", "arabic digits": "\u0663".encode(),
+    "minus only": b"-", "minus and space": b"- 1", "two points": b"1.2.3", "open string": b'"a', "open array": b"[1",
+    "open object": b'{"a": 1', "closed twice": b"[]]", "mixed": b"[}", "newline in a string": b'"a\nb"',
+    "tab in a string": b'"a\tb"', "nul in a string": b'"a\0b"', "escape character in a string": b'"\x1b"',
+    "unknown escape": rb'"\x41"', "short escape": rb'"\u12"', "escape of a sign": rb'"\u+123"',
+    "backslash at the end": b'"\\', "form feed": b"\x0c1", "vertical tab": b"\x0b1",
+    "no-break space": "\u00a01".encode(), "nul after": b"1\0", "comment": b"/* a */ 1", "line comment": b"1 // a",
+    "bom": b"\xef\xbb\xbf{}", "utf-16": '{"a": 1}'.encode("utf-16"),
+    "utf-16 without bom": '{"a": 1}'.encode("utf-16-le"), "latin-1": '"\u00fc"'.encode("latin-1"),
+    "cut utf-8": b'"\xe2\x82"', "overlong utf-8": b'"\xc0\xaf"', "surrogate in utf-8": b'"\xed\xa0\x80"',
+    "beyond unicode": b'"\xf4\x90\x80\x80"', "lone high surrogate": rb'"\ud800"', "lone low surrogate": rb'"\udc00"',
+    "reversed pair": rb'"\ude00\ud83d"', "lone surrogate in a key": rb'{"\uD800": 1}',
+    "high surrogate and letter": rb'"\ud800\u0041"', "same key twice": b'{"a": 1, "a": 2}',
+    "same key twice inside": b'[{"b": {"a": 1, "a": 1}}]', "same key, once escaped": rb'{"a": 1, "\u0061": 2}',
+    "nesting of 101": b"[" * 101 + b"]" * 101, "nesting of 101 objects": b'{"a":' * 101 + b"1" + b"}" * 101,
+    "100,000 open brackets": b"[" * 100_000, "100,000 brackets": b"[" * 100_000 + b"]" * 100_000,
+    "100,000 open objects": b'{"a":' * 100_000, "brackets after a string": rb'"\\"' + b"[" * 100_000 + b"]" * 100_000,
 }
 
 
@@ -1060,9 +989,7 @@ class TestJson:
     @pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON)
     def test_what_is_not_json_is_refused_as_a_submission(self, body):
         request = csp.Request(
-            "POST",
-            "/job",
-            {"content-type": "application/json"},
+            "POST", "/job", {"content-type": "application/json"},
             b'{"job_type": "echo", "api_key": "k", "data": ' + body + b"}",
         )
         with pytest.raises(csp.Conflict) as refusal:
@@ -1074,28 +1001,6 @@ class TestJson:
         answer = client.request("POST", "/job", body, {"Content-Type": "application/json"})
         assert (answer.status, answer.error) == (409, "Malformed json")
 
-    @pytest.mark.parametrize(
-        "value",
-        [
-            b"1e999",
-            b"-1e999",
-            b"[1e999]",
-            b'{"a": {"b": 1E400}}',
-            b"NaN",
-            pytest.param(b"1" + b"0" * 5000, marks=BOUNDED_NUMBERS),
-            pytest.param(b"-1" + b"0" * 5000, marks=BOUNDED_NUMBERS),
-            b"[" * 99 + b"1e999" + b"]" * 99,
-        ],
-        ids=lambda value: value[:20].decode() + f" of {len(value)} bytes",
-    )
-    @pytest.mark.parametrize("field", ["data", "metadata"])
-    def test_numbers_that_json_cannot_carry_on_are_refused(self, client, field, value):
-        value = value if field == "data" else b'{"a": ' + value + b"}"
-        body = b'{"job_type": "echo", "api_key": "k", "' + field.encode() + b'": ' + value + b"}"
-        answer = client.request("POST", "/job", body, {"Content-Type": "application/json"})
-        assert answer.status == 409 and answer.error.startswith("Malformed json")
-        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 0, "error": 0}
-
     @pytest.mark.parametrize("api_key", ["1e999", "-1e999", "1" + "0" * 30, "NaN"])
     def test_an_api_key_that_is_no_sensible_number_is_refused(self, client, api_key):
         body = '{"job_type": "echo", "api_key": %s}' % api_key
@@ -1104,24 +1009,8 @@ class TestJson:
     @pytest.mark.parametrize(
         "value",
         [
-            0,
-            -1,
-            1.5,
-            2**70,
-            10**4000,
-            True,
-            [],
-            {},
-            [None],
-            "\0",
-            "\u2028",
-            "\U0001f600",
-            "\x7f",
-            "\\",
-            '"',
-            "</script>",
-            {"": {"a": [1, [2.5, None]]}},
-            list(range(2000)),
+            0, -1, 1.5, 2**70, 10**4000, True, [], {}, [None], "\0", "\u2028", "\U0001f600", "\x7f", "\\", '"',
+            "</script>", {"": {"a": [1, [2.5, None]]}}, list(range(2000)),
         ],
         ids=lambda value: repr(value)[:20],
     )
@@ -1154,12 +1043,9 @@ class TestJson:
     @pytest.mark.parametrize(
         "body",
         [
-            b'{"a": [' + b"[]," * 200 + b'0], "b": "' + b"\\n" * 1_000_000 + b'"}',
-            b'"' * 2_000_001 + b"[" * 200,
-            b'"' + b"\\" * 2_000_000 + b"[" * 200,
-            b"[" * 1_000_000 + b"]" * 1_000_000,
-            b"[{" * 500_000 + b"}]" * 500_000,
-            b"[" + b"[[[[[[[[]]]]]]]]," * 100_000 + b"0]",
+            b'{"a": [' + b"[]," * 200 + b'0], "b": "' + b"\\n" * 1_000_000 + b'"}', b'"' * 2_000_001 + b"[" * 200,
+            b'"' + b"\\" * 2_000_000 + b"[" * 200, b"[" * 1_000_000 + b"]" * 1_000_000,
+            b"[{" * 500_000 + b"}]" * 500_000, b"[" + b"[[[[[[[[]]]]]]]]," * 100_000 + b"0]",
         ],
         ids=["escapes", "quotes", "backslashes", "brackets", "objects and arrays", "many small towers"],
     )
@@ -1182,10 +1068,7 @@ class TestJson:
             print((time.process_time() - started) / usual, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
             """
         done = subprocess.run(
-            [sys.executable, "-c", code, str(HERE)],
-            input=body,
-            stdout=subprocess.PIPE,
-            timeout=PATIENCE_SECONDS,
+            [sys.executable, "-c", code, str(HERE)], input=body, stdout=subprocess.PIPE, timeout=PATIENCE_SECONDS,
             check=True,
         )
         ratio, kilobytes = map(float, done.stdout.split())
@@ -1195,13 +1078,8 @@ class TestJson:
     @pytest.mark.parametrize(
         "seconds, fraction",
         [
-            (0, "000000"),
-            (1_700_000_000, "000000"),
-            (1_700_000_000.5, "500000"),
-            (1_700_000_000.000001, "000001"),
-            (1_700_000_000.999999, "999999"),
-            (1_720_000_000.25, "250000"),
-            (4_000_000_000.125, "125000"),
+            (0, "000000"), (1_700_000_000, "000000"), (1_700_000_000.5, "500000"), (1_700_000_000.000001, "000001"),
+            (1_700_000_000.999999, "999999"), (1_720_000_000.25, "250000"), (4_000_000_000.125, "125000"),
         ],
         ids=repr,
     )
@@ -1243,20 +1121,8 @@ TEXTS = ([("a", "a"), (5, "5")], [])
 OPTIONAL_TEXTS = ([("a", "a"), ("", None), (None, None), (5, "5")], [])
 FLAGS = (
     [
-        (True, True),
-        (False, False),
-        ("True", True),
-        ("False", False),
-        ("0", False),
-        ("1", True),
-        (0, False),
-        (1, True),
-        ("yes", True),
-        ("no", False),
-        ("on", True),
-        ("OFF", False),
-        (" true ", True),
-        ("", False),
+        (True, True), (False, False), ("True", True), ("False", False), ("0", False), ("1", True), (0, False),
+        (1, True), ("yes", True), ("no", False), ("on", True), ("OFF", False), (" true ", True), ("", False),
         (None, False),
     ],
     ["maybe", "2", 2, "ja", []],
@@ -1322,10 +1188,7 @@ VALUES = {
     "DEBUG": FLAGS,
     "TRUSTED_PROXIES": (
         [
-            ("", ()),
-            (None, ()),
-            ("10.0.0.1", ("10.0.0.1",)),
-            ("10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
+            ("", ()), (None, ()), ("10.0.0.1", ("10.0.0.1",)), ("10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
             (["127.0.0.1"], ("127.0.0.1",)),
         ],
         ["x", "10.0.0.0/33", "localhost", "1.2.3", ["a"], 5],
@@ -1336,15 +1199,11 @@ VALUES = {
         ["a.org", "*", "https://a.org/", "ftp://a.org", "https://", 5],
     ),
     "CALLBACK_HOSTS": (
-        [("", ()), (None, ()), ("public", ("public",)), ("a.org, 10.0.0.0/8", ("a.org", "10.0.0.0/8"))],
-        [5],
+        [("", ()), (None, ()), ("public", ("public",)), ("a.org, 10.0.0.0/8", ("a.org", "10.0.0.0/8"))], [5],
     ),
     "ADMINS": (
         [
-            ("", ()),
-            (None, ()),
-            ("a@b.org", ("a@b.org",)),
-            ("a@b.org, c@d.org", ("a@b.org", "c@d.org")),
+            ("", ()), (None, ()), ("a@b.org", ("a@b.org",)), ("a@b.org, c@d.org", ("a@b.org", "c@d.org")),
             (["a@b.org", " "], ("a@b.org",)),
         ],
         [5],
@@ -1355,13 +1214,8 @@ VALUES = {
             for uri in ("sqlite://", "sqlite:///a.db", "sqlite:////tmp/a.db", "a.db", "/a.db", "sqlite:///:memory:")
         ],
         [
-            "",
-            "postgresql://localhost/jobs",
-            "mysql://a",
-            "sqlite:///",
-            "sqlite://host/a.db",
-            "postgresql+psycopg2://u:p@h/d",
-            "http://a",
+            "", "postgresql://localhost/jobs", "mysql://a", "sqlite:///", "sqlite://host/a.db",
+            "postgresql+psycopg2://u:p@h/d", "http://a",
         ],
     ),
 }
@@ -1376,8 +1230,7 @@ class TestSettings:
         assert [(value, type(value)) for value in parsed] == [(value, type(value)) for _, value in good]
 
     @pytest.mark.parametrize(
-        "row, value",
-        [(row, value) for row in csp.SETTINGS for value in VALUES.get(row.name, ([], []))[1]],
+        "row, value", [(row, value) for row in csp.SETTINGS for value in VALUES.get(row.name, ([], []))[1]],
         ids=lambda value: value.name if isinstance(value, csp.Setting) else repr(value)[:20],
     )
     def test_a_bad_value_is_refused_by_name(self, row, value):
@@ -1397,20 +1250,8 @@ class TestSettings:
 
     def test_the_predecessors_names_are_known(self):
         assert {
-            "NAME",
-            "HOST",
-            "PORT",
-            "USERNAME",
-            "PASSWORD",
-            "SECRET_KEY",
-            "SQLALCHEMY_DATABASE_URI",
-            "LOG_FILE",
-            "STDERR",
-            "KEEP_JOBS_AGE",
-            "SSL_VERIFY",
-            "FROM_EMAIL",
-            "ADMINS",
-            "DEBUG",
+            "NAME", "HOST", "PORT", "USERNAME", "PASSWORD", "SECRET_KEY", "SQLALCHEMY_DATABASE_URI", "LOG_FILE",
+            "STDERR", "KEEP_JOBS_AGE", "SSL_VERIFY", "FROM_EMAIL", "ADMINS", "DEBUG",
         } <= {row.name for row in csp.SETTINGS}
 
     def test_a_download_limit_of_datapusher_is_not_the_limit_of_bodies(self):
@@ -1420,13 +1261,8 @@ class TestSettings:
     @pytest.mark.parametrize(
         "source, name",
         [
-            ((), "csp"),
-            (("file",), "file"),
-            (("file", "environ"), "environ"),
-            (("file", "override"), "override"),
-            (("environ",), "environ"),
-            (("environ", "override"), "override"),
-            (("override",), "override"),
+            ((), "csp"), (("file",), "file"), (("file", "environ"), "environ"), (("file", "override"), "override"),
+            (("environ",), "environ"), (("environ", "override"), "override"), (("override",), "override"),
             (("file", "environ", "override"), "override"),
         ],
         ids=str,
@@ -1435,8 +1271,7 @@ class TestSettings:
         path = tmp_path / "settings.py"
         path.write_text("NAME = 'file'\n" if "file" in source else "")
         settings = csp.load_settings(
-            str(path),
-            {"CSP_NAME": "environ"} if "environ" in source else {},
+            str(path), {"CSP_NAME": "environ"} if "environ" in source else {},
             {"NAME": "override"} if "override" in source else {},
         )
         assert settings["NAME"] == name
@@ -1444,8 +1279,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         "environ, overrides, uri",
         [
-            ({}, {}, "file.db"),
-            ({"DATABASE_URL": "sqlite:///url.db"}, {}, "sqlite:///url.db"),
+            ({}, {}, "file.db"), ({"DATABASE_URL": "sqlite:///url.db"}, {}, "sqlite:///url.db"),
             ({"DATABASE_URL": "sqlite:///url.db", "CSP_SQLALCHEMY_DATABASE_URI": "csp.db"}, {}, "csp.db"),
             ({"DATABASE_URL": "sqlite:///url.db"}, {"SQLALCHEMY_DATABASE_URI": "option.db"}, "option.db"),
             ({"DATABASE_URL": ""}, {}, "file.db"),
@@ -1464,22 +1298,12 @@ class TestSettings:
         assert csp.load_settings(None, environ)["NAME"] == "one"
         assert csp.load_settings(str(tmp_path / "two"), environ)["NAME"] == "two"
 
-    def test_the_environment_of_the_process_counts(self, monkeypatch):
-        monkeypatch.setenv("CSP_NAME", "from the process")
-        monkeypatch.setenv("NAME", "not this one")
-        assert csp.load_settings()["NAME"] == "from the process"
-
     def test_variables_are_texts(self):
         settings = csp.load_settings(
             None,
             {
-                "CSP_PORT": "81",
-                "CSP_DEBUG": "True",
-                "CSP_STDERR": "False",
-                "CSP_SSL_VERIFY": "0",
-                "CSP_GRACE_SECONDS": "2.5",
-                "CSP_MAX_PENDING": "",
-                "CSP_ADMINS": "a@b.c,d@e.f",
+                "CSP_PORT": "81", "CSP_DEBUG": "True", "CSP_STDERR": "False", "CSP_SSL_VERIFY": "0",
+                "CSP_GRACE_SECONDS": "2.5", "CSP_MAX_PENDING": "", "CSP_ADMINS": "a@b.c,d@e.f",
             },
         )
         assert [
@@ -1503,14 +1327,8 @@ class TestSettings:
     @pytest.mark.parametrize(
         "text",
         [
-            "NAME =",
-            "1/0",
-            "import no_such_module_anywhere",
-            "raise KeyError('x')",
-            "\0",
-            "NAME = '\udcff'",
-            "PORT = 'x'",
-            "open('/no/such/file')",
+            "NAME =", "1/0", "import no_such_module_anywhere", "raise KeyError('x')", "\0", "NAME = '\udcff'",
+            "PORT = 'x'", "open('/no/such/file')",
         ],
         ids=repr,
     )
@@ -1531,14 +1349,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         "uri, path",
         [
-            ("sqlite://", None),
-            ("sqlite:///:memory:", None),
-            ("sqlite:///jobs.db", "jobs.db"),
-            ("sqlite:////a/b.db", "/a/b.db"),
-            ("sqlite:///a/b.db", "a/b.db"),
-            ("jobs.db", "jobs.db"),
-            ("/a/jobs.db", "/a/jobs.db"),
-            ("./a b.db", "./a b.db"),
+            ("sqlite://", None), ("sqlite:///:memory:", None), ("sqlite:///jobs.db", "jobs.db"),
+            ("sqlite:////a/b.db", "/a/b.db"), ("sqlite:///a/b.db", "a/b.db"), ("jobs.db", "jobs.db"),
+            ("/a/jobs.db", "/a/jobs.db"), ("./a b.db", "./a b.db"),
         ],
     )
     def test_a_database_uri_names_a_file(self, uri, path):
@@ -1658,7 +1471,7 @@ def desk():
 
 
 def logger_of(task_id, input, name="{}"):
-    """Return a logger that writes to the job's log only; its name holds the job's id."""
+    """Return a logger that writes to the job's log only; its name contains the job's id."""
     logger = logging.getLogger(name.format(task_id))
     logger.propagate = False
     logger.addHandler(csp.StoringHandler(task_id, input))
@@ -1669,22 +1482,19 @@ class TestJobs:
     def test_ids_are_random_uuids_and_keys_have_128_bits(self):
         made = [csp.make_ids() for _ in range(200)]
         for job_id, key in made:
-            assert uuid.UUID(job_id).version == 4 and uuid.UUID(job_id).variant == uuid.RFC_4122
-            assert str(uuid.UUID(job_id)) == job_id
+            assert str(uuid.UUID(job_id)) == job_id and uuid.UUID(job_id).version == 4
             assert re.fullmatch("[0-9a-f]{32}", key) and key[:8] not in job_id
         assert len({text for pair in made for text in pair}) == 400
-        assert {job_id[19] for job_id, _ in made} == set("89ab")
 
     def test_the_lifecycle_is_the_table(self):
-        states, allowed = ["queued", "running", "complete", "error"], set()
-        for old, new in itertools.product(states, states):
+        allowed = set()
+        for old, new in itertools.product(["queued", "running", "complete", "error"], repeat=2):
             try:
                 csp.check_transition(old, new)
                 allowed.add(f"{old} {new}")
             except ValueError as error:
                 assert old in str(error) and new in str(error)
         assert allowed == {"queued running", "queued error", "running queued", "running complete", "running error"}
-        assert set(csp.TRANSITIONS) == set(states)
 
     # -- the registry
 
@@ -1698,16 +1508,6 @@ class TestJobs:
         job_type = csp.registry.get(function.__name__)
         assert (job_type.function, job_type.synchronous) == (function, is_synchronous)
         assert job_type.timeout == (options or {}).get("timeout")
-
-    def test_options_are_kept(self):
-        options = {"timeout": 2.5, "retries": 3, "at_most_once": True, "memory_limit": 2**30}
-        job_type = registry_of(lambda task_id, input: None, **options).get("work")
-        assert not job_type.synchronous and options.items() <= job_type._asdict().items()
-
-    def test_names_are_sorted_and_others_are_unknown(self):
-        registry = example_registry()
-        assert registry.names() == ["async_echo", "echo"]
-        assert [registry.get(name) for name in ("nothing", None, 1, [], {})] == [None] * 5
 
     def test_two_functions_of_one_name_are_an_error_that_names_both(self):
         def twin(task_id, input):
@@ -1725,31 +1525,28 @@ class TestJobs:
         assert all(str(function.__code__.co_firstlineno) in str(error.value) for function in (first, twin))
         assert registry.get("twin").function is first
 
-    @pytest.mark.parametrize("decorator, options", [
-        ("asynchronous", {"timeout": 0}), ("asynchronous", {"timeout": -1}), ("asynchronous", {"timeout": "60"}),
-        ("asynchronous", {"timeout": float("nan")}), ("asynchronous", {"retries": -1}),
-        ("asynchronous", {"retries": "3"}),
-        ("asynchronous", {"memory_limit": 0}), ("asynchronous", {"memory_limit": -1}),
-        ("asynchronous", {"memory_limit": "1G"}), ("asynchronous", {"no_such_option": 1}),
+    @pytest.mark.parametrize("kind, options", [
+        *[("asynchronous", {name: value}) for name, values in {
+            "timeout": (0, -1, "60", float("nan")), "retries": (-1, "3"), "memory_limit": (0, -1, "1G"),
+            "no_such_option": (1,)}.items() for value in values],
         ("synchronous", {"retries": 1}), ("synchronous", {"at_most_once": True}),
         ("synchronous", {"memory_limit": 2**30}),
     ], ids=str)
-    def test_options_without_sense_are_refused(self, decorator, options):
+    def test_an_invalid_option_is_refused(self, kind, options):
         registry = csp.Registry()
-        (option,) = options
-        with pytest.raises((ValueError, TypeError), match=option if decorator == "asynchronous" else "synchronous"):
-            getattr(registry, decorator)(**options)(lambda task_id, input: None)
+        with pytest.raises((ValueError, TypeError), match=kind if kind == "synchronous" else next(iter(options))):
+            getattr(registry, kind)(**options)(lambda task_id, input: None)
         assert registry.names() == []
 
-    def test_a_function_that_can_be_no_job_is_refused(self):
-        async def later(task_id, input):
+    def test_a_function_that_cannot_be_a_job_is_refused(self):
+        async def coroutine(task_id, input):
             return 1
 
-        async def both(task_id, input):
+        async def generator(task_id, input):
             yield 1
 
         registry = csp.Registry()
-        for function in (later, both, named("parts", lambda task_id, input: (yield 1))):
+        for function in (coroutine, generator, named("parts", lambda task_id, input: (yield 1))):
             with pytest.raises(TypeError, match=f"{function.__name__}.* plain function"):
                 registry.asynchronous(function)
         for function in (lambda: 1, lambda input: 1, lambda a, b, c: 1):
@@ -1765,37 +1562,17 @@ class TestJobs:
         shown = client.show(submitted)
         assert set(shown) == SHOWN_FIELDS and set(submitted) == SHOWN_FIELDS | {"job_key"}
         assert set(shown["logs"][0]) == LOG_FIELDS
-        expected = {
-            "job_type": "echo", "status": "complete", "sent_data": "&a", "data": ">&a", "error": None,
-            "metadata": {"k": 1}, "result_url": None, "progress": None, "attempts": 1, "callback": None,
-            "resubmitted_from": None,
-        }
+        expected = {"job_type": "echo", "status": "complete", "sent_data": "&a", "data": ">&a", "error": None,
+                    "metadata": {"k": 1}, "result_url": None, "progress": None, "attempts": 1, "callback": None,
+                    "resubmitted_from": None}
         assert {key: shown[key] for key in expected} == expected
-
-    def test_a_job_without_data_shows_an_empty_object(self, client):
-        assert client.submit("echo")["sent_data"] == {}
-        answer = client.post("/job", {"job_type": "echo", "api_key": "k", "data": None})
-        assert (answer.json["sent_data"], answer.json["logs"]) == ({}, [])
-
-    def test_the_function_gets_what_was_submitted(self, desk):
-        given = []
-        for more in ({"job_id": "a"}, {"job_id": "b", "data": 0, "metadata": {}},
-                     {"job_id": "c", "data": [1], "metadata": {"x": [None]}, "api_key": 7}):
-            desk.run(lambda task_id, input: given.append((task_id, input)), **more)
-        assert given == [
-            ("a", {"job_type": "later", "api_key": "secret-api-key"}),
-            ("b", {"job_type": "later", "api_key": "secret-api-key", "data": 0, "metadata": {}}),
-            ("c", {"job_type": "later", "api_key": 7, "data": [1], "metadata": {"x": [None]}}),
-        ]
 
     # -- how a job fails
 
     @pytest.mark.parametrize("job_type", ["now", "later"])
     @pytest.mark.parametrize("error, document", [
-        (csp.JobError("no"), {"message": "no"}),
-        (csp.JobError({"a": 1}), {"message": "{'a': 1}"}),
-        (csp.JobError(None), {"message": "None"}),
-        (csp.JobError("\ud800"), None),
+        (csp.JobError("no"), {"message": "no"}), (csp.JobError({"a": 1}), {"message": "{'a': 1}"}),
+        (csp.JobError(None), {"message": "None"}), (csp.JobError("\ud800"), {"message": "?"}),
         (HTTPError("gone", 410), {"message": "gone", "HTTP status code": 410, "Response": "ü"}),
         (job_error(as_dict=lambda self: {"message": {}["detail"]}), {"message": "broken"}),
         (job_error(as_dict=lambda self: {"message": "broken", "detail": {1, 2}}), {"message": "broken"}),
@@ -1804,81 +1581,41 @@ class TestJobs:
     ], ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "")
     def test_a_job_error_is_shown_as_it_describes_itself(self, desk, error, document, job_type):
         job = desk.run(raising(error), job_type)
-        assert job["status"] == "error" and isinstance(job["error"]["message"], str)
-        assert document is None or job["error"] == document
+        assert (job["status"], job["error"]) == ("error", document)
 
     @pytest.mark.parametrize("error, message", [
-        (ValueError("serious"), "ValueError: serious"),
-        (ValueError(), "ValueError"),
-        (KeyError("k"), "KeyError: 'k'"),
-        (ValueError("\ud800"), "ValueError: ?"),
-        (SystemExit(3), "SystemExit: 3"),
-        (KeyboardInterrupt(), "KeyboardInterrupt"),
-        (Unprintable("x"), "Unprintable"),
-        (Exception(Unprintable("x")), "Exception"),
-        (Leaving("x"), "Leaving"),
-        (Exception(Leaving("x")), "Exception"),
-        (csp.StartError("x"), "StartError: x"),
-        (csp.Conflict("x"), "Conflict: x"),
-        (RecursionError("x"), "RecursionError: x"),
+        (ValueError("serious"), "ValueError: serious"), (ValueError(), "ValueError"), (KeyError("k"), "KeyError: 'k'"),
+        (ValueError("\ud800"), "ValueError: ?"), (SystemExit(3), "SystemExit: 3"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"), (Unprintable("x"), "Unprintable"), (Leaving("x"), "Leaving"),
+        (Exception(Leaving("x")), "Exception"), (csp.Conflict("x"), "Conflict: x"),
     ], ids=lambda value: value.partition(":")[0] if isinstance(value, str) else "")
     def test_any_other_exception_is_shown_with_its_traceback(self, desk, error, message):
         job = desk.run(raising(error))
         assert job["status"] == "error" and set(job["error"]) == {"message", "traceback"}
-        assert job["error"]["message"].startswith(message)
-        assert "raise error" in job["error"]["traceback"]
+        assert job["error"]["message"].startswith(message) and "raise error" in job["error"]["traceback"]
 
-    @pytest.mark.skipif(sys.version_info < (3, 12), reason="Python makes no suggestions yet")
-    def test_a_traceback_has_the_suggestions_that_python_makes(self, desk):
-        def work(task_id, input):
-            value = 1
-            return valeu + value  # noqa: F821 - that is the point
-
-        assert "Did you mean: 'value'?" in desk.run(work)["error"]["traceback"]
-
-    @pytest.mark.parametrize("kind", [MemoryError, ValueError])
-    def test_only_what_functions_hold_that_ran_out_of_memory_is_let_go_before_the_traceback_is_made(self, kind):
+    def test_memory_that_ran_out_is_freed_before_the_traceback_is_made(self):
         held = []
 
         def fill():
             kept = threading.Event()
             held.append(weakref.ref(kept))
-            raise kind("full")
+            raise MemoryError
 
-        try:
+        with pytest.raises(RuntimeError) as raised:
             try:
                 fill()
-            except kind:
-                raise RuntimeError("no room")  # noqa: B904 - with what led to it
-        except RuntimeError as raised:
-            error = raised
-        error.__context__.__context__ = error
-        document = json.loads(csp.error_document(error))
-        assert document["message"] == "RuntimeError: no room" and "in fill" in document["traceback"]
-        assert (held[0]() is None) is (kind is MemoryError)
+            except MemoryError:
+                raise RuntimeError("no room")  # noqa: B904 - the MemoryError is its context
+        assert "in fill" in json.loads(csp.error_document(raised.value))["traceback"] and held[0]() is None
 
-    @pytest.mark.parametrize(
-        "result",
-        [{1, 2}, object(), float("nan"), "\ud800", [b"bytes"], {(1, 2): 3}, ENDLESS,
-         pytest.param(10**5000, marks=BOUNDED_NUMBERS)],
-        ids=["set", "object", "nan", "lone surrogate", "bytes inside", "tuple as key", "endless", "5,000 digits"],
-    )
+    @pytest.mark.parametrize("result", [
+        {1, 2}, object(), float("nan"), "\ud800", [b"bytes"], {(1, 2): 3}, ENDLESS,
+        pytest.param(10**5000, marks=BOUNDED_NUMBERS),
+    ], ids=["set", "object", "nan", "lone surrogate", "bytes inside", "tuple as key", "endless", "5,000 digits"])
     def test_a_result_that_is_not_json_is_an_error_that_says_so(self, desk, result):
         job = desk.run(lambda task_id, input: result)
         assert job["status"] == "error" and "not JSON" in job["error"]["message"]
-
-    def test_a_result_in_a_circle_is_noticed_before_it_is_written_a_thousand_times(self):
-        text = "x" * 1_000_000
-        circle = [text]
-        circle.append(circle)
-        tracemalloc.start()
-        try:
-            with pytest.raises(ValueError, match="Circular reference"):
-                csp.encode_result(circle)
-            assert tracemalloc.get_traced_memory()[1] < 20 * len(text)
-        finally:
-            tracemalloc.stop()
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -1896,27 +1633,22 @@ class TestRuns:
         assert (line["module"], line["lineno"]) == (Path(__file__).stem, code[0])
 
     def test_two_hundred_calls_leave_nothing_behind(self, start):
-        service = start(path=None)
-        body = json.dumps({"job_type": "echo", "api_key": "k", "data": "&a"}).encode()
-
-        def submit():
-            return service.service.handle(csp.Request("POST", "/job", {"content-type": "application/json"}, body))
+        client = start(path=None).client
 
         def left_behind():
             gc.collect()
             return (len(logging.root.manager.loggerDict), len(logging.getLogger("test_csp.echo").handlers),
                     sum(isinstance(thing, (csp.StoringHandler, csp.Run)) for thing in gc.get_objects()))
 
-        submit()
-        before = left_behind()
-        assert {len(json.loads(submit().body)["logs"]) for _ in range(200)} == {1}
+        client.submit("echo", "&a")
+        loggers, handlers, objects = left_behind()
+        assert {len(client.submit("echo", "&a")["logs"]) for _ in range(200)} == {1}
         after = left_behind()
-        assert after[:2] == before[:2]
-        assert after[2] < before[2] + 10  # the last few may still be in a thread's hands
-        assert service.client.get("/status").json["stats"]["complete"] == 201
+        assert after[:2] == (loggers, handlers)
+        assert after[2] < objects + 10  # threads may still hold the last few
 
     @pytest.mark.parametrize("name", ["{}", "{}.child", "parent.{}", "parent.{}.child.grandchild"])
-    def test_a_logger_named_by_the_job_is_gone_when_the_job_has_ended(self, desk, name):
+    def test_a_logger_named_after_the_job_is_gone_when_the_job_has_ended(self, desk, name):
         def work(task_id, input):
             logger = logger_of(task_id, input, name)
             logger.setLevel(logging.DEBUG)
@@ -1924,13 +1656,11 @@ class TestRuns:
             logger.info("second")
 
         before = set(logging.root.manager.loggerDict)
-        job = desk.run(work)
-        assert messages(job) == ["first", "second"]
-        eventually(lambda: not [known for known in logging.root.manager.loggerDict if job["job_id"] in known], 5)
-        assert set(logging.root.manager.loggerDict) - before <= {"parent"}
+        assert messages(desk.run(work)) == ["first", "second"]
+        eventually(lambda: set(logging.root.manager.loggerDict) - before <= {"parent"}, 5)
 
     @pytest.mark.parametrize("job_id", ["e", "test_csp", "test_csp.shared", "csp", "root"])
-    def test_an_id_that_a_client_chooses_takes_no_other_logger_away(self, desk, job_id):
+    def test_an_id_that_a_client_chooses_removes_no_other_logger(self, desk, job_id):
         shared = logging.getLogger("test_csp.shared")
 
         def work(task_id, input):
@@ -1942,15 +1672,14 @@ class TestRuns:
             assert messages(desk.run(work, job_id=job_id)) == ["a line"]
             assert desk.client.delete("/job/" + job_id, key=SECURE_KEY).status == 200
         eventually(lambda: shared.handlers == [], 5)
-        after = logging.root.manager.loggerDict
-        assert [name for name in before if after.get(name) is not before[name]] == []
+        assert [name for name in before if logging.root.manager.loggerDict.get(name) is not before[name]] == []
 
     @pytest.mark.parametrize("name", ["test_csp.crowd", None], ids=["shared", "root"])
     def test_jobs_that_share_a_logger_have_a_log_each(self, start, name):
-        barrier = threading.Barrier(4, timeout=PATIENCE_SECONDS)
+        barrier, shared = threading.Barrier(4, timeout=PATIENCE_SECONDS), logging.getLogger(name)
 
         def work(task_id, input):
-            logging.getLogger(name).addHandler(csp.StoringHandler(task_id, input))
+            shared.addHandler(csp.StoringHandler(task_id, input))
             barrier.wait()
             for number in range(50):
                 logging.getLogger("test_csp.crowd").warning("%s says %d", input["data"], number)
@@ -1960,28 +1689,33 @@ class TestRuns:
         jobs = [client.submit("work", f"job {number}") for number in range(4)]
         for number, job in enumerate(jobs):
             assert messages(client.finish(job)) == [f"job {number} says {line}" for line in range(50)]
-        shared = logging.getLogger(name)
         eventually(lambda: not any(isinstance(handler, csp.StoringHandler) for handler in shared.handlers))
 
     @pytest.mark.parametrize("name, is_kept", [
         ("{}", True), ("{}.child", True), ("parent.{}", True), ("test_csp.shared", False), ("test_csp.x{}", False)])
-    def test_a_line_from_a_thread_that_the_job_started_is_kept_on_the_jobs_own_loggers(self, desk, name, is_kept):
+    def test_a_thread_of_the_job_logs_to_the_jobs_own_loggers_only(self, desk, name, is_kept):
         def work(task_id, input):
             logger = logging.getLogger(name.format(task_id))
             logger.addHandler(csp.StoringHandler(task_id, input))
-            thread = threading.Thread(target=logger.warning, args=("from a thread",))
-            thread.start()
-            thread.join()
+            in_threads(1, lambda number: logger.warning("from a thread"))
 
         assert messages(desk.run(work)) == ["from a thread"] * is_kept
 
+    def test_a_thread_of_the_job_may_add_the_handler_and_set_the_progress(self, desk):
+        def work(task_id, input):
+            in_threads(1, lambda number: logger_of(task_id, input).warning("from a thread"))
+            in_threads(1, lambda number: csp.util.set_progress(task_id, 0.5))
+
+        job = desk.run(work)
+        assert (messages(job), job["progress"]) == (["from a thread"], {"fraction": 0.5, "message": None})
+
     @pytest.mark.parametrize("job_id", ["somelib", "somelib.part"])
-    def test_an_id_that_is_the_name_of_a_library_gets_nothing_of_what_other_jobs_log_to_it(self, start, job_id):
+    def test_an_id_that_is_the_name_of_a_library_gets_no_lines_of_other_jobs(self, start, job_id):
         registry, begun, go = csp.Registry(), threading.Event(), threading.Event()
 
         @registry.asynchronous
         def listen(task_id, input):
-            logger = logging.getLogger(task_id)  # as README has it
+            logger = logging.getLogger(task_id)  # as in the README
             logger.addHandler(csp.StoringHandler(task_id, input))
             logger.warning("its own line")
             begun.set()
@@ -1990,10 +1724,8 @@ class TestRuns:
         @registry.synchronous
         def talk(task_id, input):
             for name in ("somelib", "somelib.part", "somelib.part.deeper"):
-                logging.getLogger(name).warning("what another job says")
-                thread = threading.Thread(target=logging.getLogger(name).warning, args=("what its thread says",))
-                thread.start()
-                thread.join()
+                logging.getLogger(name).warning("another job")
+                in_threads(1, lambda number, name=name: logging.getLogger(name).warning("a thread of another job"))
 
         client = start(registry, path=None).client
         job = client.submit("listen", job_id=job_id)
@@ -2001,19 +1733,6 @@ class TestRuns:
         client.submit("talk")
         go.set()
         assert messages(client.finish(job)) == ["its own line"]
-
-    def test_a_handler_made_in_a_thread_that_the_job_started_works(self, desk):
-        def work(task_id, input):
-            def log():
-                logger_of(task_id, input).warning("from a thread")
-                csp.util.set_progress(task_id, 0.5)
-
-            thread = threading.Thread(target=log)
-            thread.start()
-            thread.join()
-
-        job = desk.run(work)
-        assert (messages(job), job["progress"]) == (["from a thread"], {"fraction": 0.5, "message": None})
 
     @pytest.mark.parametrize("arguments, expected", [
         ((None,), "None"), (("",), ""), (({"a": 1},), "{'a': 1}"), (("\ud800 and more",), "? and more"),
@@ -2023,8 +1742,8 @@ class TestRuns:
             "message without str"])
     def test_whatever_is_logged_is_a_string_in_the_log(self, desk, arguments, expected):
         job = desk.run(lambda task_id, input: logger_of(task_id, input).error(*arguments) or "done")
-        assert (job["status"], job["data"], len(job["logs"])) == ("complete", "done", 1)
-        assert isinstance(messages(job)[0], str) and expected in messages(job)[0]
+        (message,) = messages(job)
+        assert job["data"] == "done" and isinstance(message, str) and expected in message
 
     def test_the_traceback_of_a_logged_exception_is_in_the_log(self, desk):
         def work(task_id, input):
@@ -2056,40 +1775,27 @@ class TestRuns:
         newest = desk.client.get(f"/job/{job['job_id']}?limit=2", key=SECURE_KEY).json
         assert messages(newest) == lines[:-3:-1]
 
-    def test_what_another_program_has_written_into_a_log_is_shown(self, start):
-        running = start()
-        job = running.client.submit("echo", "&a")
-        changes = "UPDATE logs SET level = NULL, module = 5, lineno = 'seven', message = ?"
-        rows_of(running.path, changes, 'a "quote" and a \x00')
-        (line,) = running.client.show(job)["logs"]
-        assert (line["level"], line["module"], line["lineno"]) == (None, "5", "seven")
-        assert line["message"] == 'a "quote" and a \x00'
-
     @pytest.mark.skipif(sys.version_info < (3, 12), reason="filters return records since Python 3.12")
-    def test_a_record_that_a_filter_returns_instead_is_what_is_stored(self, desk):
+    def test_a_record_that_a_filter_returns_is_stored_instead(self, desk):
         def work(task_id, input):
-            logger = logger_of(task_id, input)
-            logger.handlers[0].addFilter(
-                lambda record: logging.makeLogRecord({**vars(record), "msg": "instead", "args": ()}))
+            logger, instead = logger_of(task_id, input), {"msg": "instead", "args": ()}
+            logger.handlers[0].addFilter(lambda record: logging.makeLogRecord({**vars(record), **instead}))
             logger.warning("a secret")
 
         assert messages(desk.run(work)) == ["instead"]
 
-    def test_what_comes_after_the_end_is_not_taken(self, desk):
+    def test_what_comes_after_the_end_is_dropped(self, desk):
         kept = []
         job = desk.run(lambda task_id, input: kept.append(logger_of(task_id, input)) or kept.extend(kept[0].handlers))
         logger, handler = kept
         eventually(lambda: handler.run.is_ended)
         logger.addHandler(handler)
         logger.warning("late")
-        csp.util.set_progress(job["job_id"], 0.5)
-        csp.util.check_cancelled(job["job_id"])
-        assert show(desk.client, job["job_id"]) == job
-
-    def test_a_handler_for_no_job_does_nothing(self):
+        for job_id in (job["job_id"], "no such job"):
+            csp.util.set_progress(job_id, 0.5)
+            csp.util.check_cancelled(job_id)
         logger_of("no such job", {}).error("into the void")
-        csp.util.set_progress("no such job", 0.5)
-        csp.util.check_cancelled("no such job")
+        assert show(desk.client, job["job_id"]) == job
 
     # -- progress and cancelling
 
@@ -2100,18 +1806,15 @@ class TestRuns:
             for step in iter(lambda: steps.get(timeout=PATIENCE_SECONDS), None):
                 csp.util.set_progress(task_id, *step)
 
-        client, desk.function = desk.client, work
-        job = client.submit("later")
-        for step, fraction, message in [
-            ((0.25,), 0.25, None), ((0.5, "half"), 0.5, "half"), ((7, "\ud800"), 1.0, "?"), ((-1, 5), 0.0, "5"),
-        ]:
+        desk.function = work
+        job = desk.client.submit("later")
+        for step, fraction, message in [((0.5, "half"), 0.5, "half"), ((7, "\ud800"), 1.0, "?"), ((-1, 5), 0.0, "5")]:
             steps.put(step)
             shown = {"fraction": fraction, "message": message}
-            eventually(lambda shown=shown: client.show(job)["progress"] == shown)
+            eventually(lambda shown=shown: desk.client.show(job)["progress"] == shown)
         steps.put((1, "done"))
         steps.put(None)
-        finished = client.finish(job)
-        assert (finished["status"], finished["progress"]) == ("complete", {"fraction": 1.0, "message": "done"})
+        assert desk.client.finish(job)["progress"] == {"fraction": 1.0, "message": "done"}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Console
@@ -2255,12 +1958,10 @@ class TestConsole:
             client.submit("echo", "a,b\n1,2\n", metadata={"mimetype": "text/csv"}),
             client.submit("echo", HOSTILE, metadata={"mimetype": "text/html"}),
             client.submit("echo", "x" * 100_000, api_key="k" * 300),
-            client.submit("give", image, metadata={"mimetype": "image/png"}),
-            client.submit("give", image),
+            client.submit("give", image, metadata={"mimetype": "image/png"}), client.submit("give", image),
             client.submit("hostile", HOSTILE, job_id='<b>"x"&'),
             client.submit("hostile", "fail", result_url="http://127.0.0.1:9/?<script>".replace("<script>", "a")),
-            client.submit("step", job_id="running"),
-            client.submit("echo"),
+            client.submit("step", job_id="running"), client.submit("echo"),
         ]
         for job in jobs:
             if job["job_id"] != "running":
@@ -2302,8 +2003,7 @@ class TestConsole:
 
     def test_style_and_script_are_kept_under_the_name_of_their_content(self, console):
         for path, kind, text in (
-            (csp.STYLE_PATH, "text/css", csp.STYLE),
-            (csp.SCRIPT_PATH, "text/javascript", csp.SCRIPT),
+            (csp.STYLE_PATH, "text/css", csp.STYLE), (csp.SCRIPT_PATH, "text/javascript", csp.SCRIPT),
         ):
             answer = console.client.get(path)
             assert (answer.body.decode(), answer.headers["Content-Type"]) == (text, f"{kind}; charset=utf-8")
@@ -2383,16 +2083,6 @@ class TestConsole:
         for _ in range(2):
             console.registry.steps.put("stop")
 
-    def test_a_selection_for_which_there_is_no_room_is_not_resubmitted_in_part(self, start):
-        client = start(console_registry(), MAX_PENDING=2).client
-        jobs = [client.finish(client.submit("echo", number)) for number in range(3)]
-        fields = [("job_id", job["job_id"]) for job in jobs] + [("action", "resubmit"), ("api_key", "again")]
-        answer = self.post(client, "/console/selection", fields)
-        assert answer.status == 503 and b"There may be 2 unfinished jobs at most" in answer.body
-        assert len(client.get("/job").json["list"]) == 3
-        answer = self.post(client, "/console/selection", fields[1:])
-        assert answer.status == 302 and len(client.get("/job").json["list"]) == 5
-
     def test_what_has_been_typed_stays_when_the_api_key_may_not_submit(self, start):
         client = start(console_registry(), API_KEYS=["the only key that may"]).client
         assert b'value="console"' not in client.get("/console/submit", key=ADMIN).body
@@ -2429,33 +2119,6 @@ class TestConsole:
         job = console.client.submit("give_back", value, metadata=metadata)
         page = page_of(console.client, f"/job/{job['job_id']}")
         assert page.status == 200 and shown in page.body and len(page.body) < csp.LARGE_CHARACTERS // 2
-
-    def test_what_is_nested_as_deep_as_python_goes_is_shown(self, console):
-        @console.registry.synchronous
-        def nest(task_id, input):
-            value = 1
-            for _ in range(input["data"]):
-                value = [value]
-            return value
-
-        @console.registry.synchronous
-        def nest_error(task_id, input):
-            error = csp.JobError("deep")
-            error.as_dict = lambda: {"message": "deep", "x": nest(task_id, input)}
-            raise error
-
-        for depth in (50, 700, 850, 950, 985):
-            for job_type in ("nest", "nest_error"):
-                path = f"/job/{job_type}-{depth}"
-                body = {"job_type": job_type, "api_key": "k", "data": depth}
-                assert console.client.post(path, body).status == 200
-                assert page_of(console.client, path).status == 200
-        assert page_of(console.client, "/").status == 200
-
-    def test_enter_in_the_field_for_the_key_resubmits(self, console):
-        console.client.submit("echo", "x")
-        page = page_of(console.client, "/job").body.decode()
-        assert re.findall('name="action" value="([a-z]+)"', page) == ["resubmit", "cancel", "delete"]  # the first one
 
     def test_who_holds_a_key_only_ends_up_where_they_may_be(self, start):
         client = start(console_registry(), PUBLIC_JOB_LIST=False).client
@@ -2587,13 +2250,11 @@ class TestConsole:
     @pytest.mark.parametrize(
         "fields, status, sentence",
         [
-            ({"job_type": "echo", "data": '{"a": 1}'}, 302, ""),
-            ({"job_type": "echo"}, 302, ""),
+            ({"job_type": "echo", "data": '{"a": 1}'}, 302, ""), ({"job_type": "echo"}, 302, ""),
             ({"job_type": "echo", "data": "{"}, 409, "data is not JSON"),
             ({"job_type": "echo", "metadata": "[1]"}, 409, "metadata has to be a json object"),
             ({"job_type": "echo", "metadata": "NaN"}, 409, "metadata is not JSON"),
-            ({"job_type": "gone"}, 409, "Job type gone not available"),
-            ({}, 409, "Please specify a job type"),
+            ({"job_type": "gone"}, 409, "Job type gone not available"), ({}, 409, "Please specify a job type"),
             ({"job_type": "echo", "result_url": "ftp://x"}, 409, "result_url has to start with http"),
             ({"job_type": "echo", "api_key": ""}, 409, "Please provide your API key."),
         ],
@@ -2992,24 +2653,6 @@ PREDECESSOR = (
     """INSERT INTO logs VALUES ('done', '2024-01-02 03:04:05.700000', 'first', 'INFO', 'jobs', 'echo', 7),
         ('done', '2024-01-02 03:04:06', NULL, 'ERROR', 'jobs', 'echo', 8)""",
 )
-PREDECESSOR_COLUMNS = {
-    "jobs": ["job_id", "job_type", "status", "data", "error", "requested_timestamp", "finished_timestamp", "sent_data",
-             "result_url", "api_key", "job_key"],
-    "metadata": ["job_id", "key", "value", "type"],
-    "logs": ["job_id", "timestamp", "message", "level", "module", "funcName", "lineno"],
-}
-EXPECTED_DONE = {
-    "job_id": "done", "job_type": "echo", "status": "complete", "sent_data": {"a": [1, "ü"]},
-    "data": {"rows": [1, "ü"]}, "error": None, "metadata": {"kind": "a text", "size": 17, "list": ["ü", None]},
-    "result_url": None, "requested_timestamp": "2024-01-02T03:04:05.000678",
-    "finished_timestamp": "2024-01-02T03:04:06.000000",
-    "logs": [
-        {"timestamp": "2024-01-02T03:04:05.700000", "message": "first", "level": "INFO", "module": "jobs",
-         "funcName": "echo", "lineno": 7},
-        {"timestamp": "2024-01-02T03:04:06.000000", "message": "", "level": "ERROR", "module": "jobs",
-         "funcName": "echo", "lineno": 8},
-    ],
-}
 FIRST_EDITION = """
     PRAGMA journal_mode = WAL;
     BEGIN;
@@ -3080,41 +2723,30 @@ class TestOpening:
 
     @pytest.mark.parametrize("umask, existing", [(0o000, None), (0o077, None), (0o022, 0o666)], ids=str)
     def test_files_are_for_their_owner_only(self, tmp_path, umask, existing):
-        path = tmp_path / "jobs.db"
         if existing:
-            path.touch()
-            path.chmod(existing)
+            (tmp_path / "jobs.db").touch(existing)
         before = os.umask(umask)
         try:
-            with stored_in(path) as store:
+            with stored_in(tmp_path / "jobs.db") as store:
                 add_job(store, "a")
                 modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
         finally:
             os.umask(before)
         assert modes == dict.fromkeys(["jobs.db", "jobs.db-wal", "jobs.db-shm", "jobs.db.lock"], "0o600")
 
-    def test_the_database_says_whose_it_is_and_has_the_predecessors_columns(self, store, tmp_path):
-        path = tmp_path / "jobs.db"
-        values = [read_rows(path, f"PRAGMA {name}")[0][0]
-                  for name in ("journal_mode", "user_version", "application_id", "integrity_check")]
-        assert values == ["wal", csp.SCHEMA_VERSION, csp.APPLICATION_ID, "ok"]
-        for table, columns in PREDECESSOR_COLUMNS.items():
-            assert set(columns) <= {row[1] for row in read_rows(path, f"PRAGMA table_info({table})")}
-
     def test_every_connection_is_durable_and_checks_references(self, tmp_path):
         database = csp.Database(str(tmp_path / "jobs.db"))
         with contextlib.closing(database.connection), contextlib.closing(database.connect()) as another:
             for connection in (database.connection, another):
-                values = [connection.execute(f"PRAGMA {name}").fetchone()[0]
-                          for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")]
-                assert values == ["wal", 2, 1, 1]
+                names = ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
+                assert [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == ["wal", 2, 1, 1]
         database.unlock()
 
     def test_closing_leaves_one_file_with_everything_in_it(self, tmp_path):
         with stored_in(tmp_path / "jobs.db") as store:
             jobs = [add_job(store, f"job-{number}", metadata='{"a": [1]}', api_key=1.5) for number in range(5)]
         assert {file.name for file in tmp_path.iterdir()} == {"jobs.db", "jobs.db.lock"}
-        (tmp_path / "copy.db").write_bytes((tmp_path / "jobs.db").read_bytes())
+        shutil.copy(str(tmp_path / "jobs.db"), str(tmp_path / "copy.db"))
         with stored_in(tmp_path / "copy.db") as store:
             assert [store.get_job(job.job_id) for job in jobs] == jobs
             assert store.count_jobs()["pending"] == 5 and store.take_seq() > max(job.seq for job in jobs)
@@ -3137,17 +2769,10 @@ class TestOpening:
             assert store.get_job("a").job_id == "a"
         assert {file.name for file in tmp_path.iterdir()} == {name, name + ".lock"}
 
-    def test_a_second_service_on_one_file_is_refused_and_names_the_first(self, store, tmp_path):
-        with pytest.raises(csp.StartError) as refusal:
-            csp.Store(str(tmp_path / "jobs.db"))
-        assert f"process {os.getpid()}" in str(refusal.value) and str(tmp_path / "jobs.db") in str(refusal.value)
-        add_job(store, "a")
-
     # -- files that are not ours
 
     @pytest.mark.parametrize("sentence, content", [
-        ("not a database", b"This is a text, and longer than a header." * 100),
-        ("not a database", b"A note.\n"),
+        ("not a database", b"This is a text, and longer than a header." * 100), ("not a database", b"A note.\n"),
         ("not a database that can be read", b"SQLite format 3\0" + b"\xff" * 4080),
         ("another program", ["CREATE TABLE songs (title)"]),
         ("another program", ["CREATE TABLE jobs (job_id, salary)", "PRAGMA user_version = 1"]),
@@ -3166,13 +2791,11 @@ class TestOpening:
             path.with_name("jobs.db.lock").unlink()
         else:
             make_database(path, *content)
-        before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-        mode = path.stat().st_mode
+        before = (path.read_bytes(), path.stat().st_mode)
         with pytest.raises(csp.StartError, match=sentence) as refusal:
             csp.Store(str(path))
         assert re.fullmatch(r"The (file|database) .+\.", str(refusal.value)) and str(path) in str(refusal.value)
-        assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.suffix == ".db"} == before
-        assert path.stat().st_mode == mode and not (tmp_path / "jobs.db.lock").exists()
+        assert (path.read_bytes(), path.stat().st_mode) == before and not (tmp_path / "jobs.db.lock").exists()
 
     @pytest.mark.parametrize("path", ["no/such/directory/jobs.db", "."], ids=["no directory", "a directory"])
     def test_a_path_that_can_be_no_database_is_refused(self, tmp_path, path):
@@ -3184,15 +2807,12 @@ class TestOpening:
         path = tmp_path / "jobs.db"
         csp.Store(str(path)).close()
         fill(path, 100)
-        with opened(path) as connection:
-            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        content = bytearray(path.read_bytes())
-        content[4096:] = b"\xa5" * (len(content) - 4096)
-        path.write_bytes(bytes(content))
+        make_database(path, "PRAGMA wal_checkpoint(TRUNCATE)")
+        content = path.read_bytes()
+        path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
         for _ in range(2):  # the lock is free again
             with pytest.raises(csp.StartError, match=r"The (file|database) .+\."):
                 csp.Store(str(path))
-        assert read_rows(path, "PRAGMA user_version") == [(csp.SCHEMA_VERSION,)]
 
     # -- older files
 
@@ -3210,14 +2830,12 @@ class TestOpening:
         csp.Store(str(tmp_path / "new.db")).close()
         assert schema == schema_of(tmp_path / "new.db")
         service = start()
-        client, done = service.client, show(service.client, "done")
+        client, done, old = service.client, *(show(service.client, job_id) for job_id in ("done", "old"))
         assert (done["status"], done["sent_data"], done["data"]) == ("complete", large, {"b": "ä"})
         assert done["metadata"] == {"kind": "text", "n": 1} and messages(done) == ["a line", "another"]
-        old = show(client, "old")
-        assert (old["error"], old["resubmitted_from"], old["progress"]) == (
-            {"message": "no"}, "x", {"fraction": 0.5, "message": None})
-        assert old["callback"] == {
-            "status": "failed", "attempts": 17, "error": "refused", "next_attempt_timestamp": None}
+        assert (old["error"], old["resubmitted_from"], old["progress"], old["callback"]) == (
+            {"message": "no"}, "x", {"fraction": 0.5, "message": None},
+            {"status": "failed", "attempts": 17, "error": "refused", "next_attempt_timestamp": None})
         assert client.get("/job?kind=text").json["list"] == ["/job/done"]
         assert client.get("/user", Cookie="csp_session=" + cookie).json["name"] == "Admin"
         assert [client.get("/job/done", key=key).status for key in ("key-of-done", "another")] == [200, 403]
@@ -3229,7 +2847,7 @@ class TestOpening:
         assert counted(path) == {"pending": 0, "complete": 3, "error": 1} and schema_of(path) == schema
         assert read_rows(path, "PRAGMA integrity_check") == [("ok",)]
 
-    def test_the_next_version_of_the_schema_is_reached_step_by_step(self, tmp_path, monkeypatch):
+    def test_a_migration_that_fails_changes_nothing_and_is_made_later(self, tmp_path, monkeypatch):
         path, version = tmp_path / "jobs.db", csp.SCHEMA_VERSION
         csp.Store(str(path)).close()
         fill(path, 10)
@@ -3247,36 +2865,21 @@ class TestOpening:
         assert read_rows(path, "PRAGMA user_version") == [(version + 2,)]
         assert read_rows(path, "SELECT one, two FROM jobs LIMIT 1") == [(None, None)]
 
-    def test_a_database_of_the_predecessor_is_taken_over(self, start, tmp_path):
+    def test_a_pending_job_of_the_predecessor_whose_type_is_gone_ends_as_an_error(self, start, tmp_path):
         make_predecessor(tmp_path / "jobs.db")
-        client = start().client
-        listed = client.get("/job").json["list"]
-        assert listed == ["/job/pending-2", "/job/pending-1", "/job/failed", "/job/bare", "/job/done"]
-        assert {key: value for key, value in show(client, "done").items() if key in EXPECTED_DONE} == EXPECTED_DONE
-        assert show(client, "failed")["error"] == {"message": "Exception: ü", "HTTP status code": 500}
-        assert show(client, "bare")["requested_timestamp"] == "2024-02-01T00:00:00.000000"
-        assert show(client, "bare")["sent_data"] == {} and show(client, "bare")["data"] is None
-        assert set(show(client, "bare")) == SHOWN_FIELDS
-        for query in ("kind=a%20text", "size=17"):
-            assert client.get("/job?" + query).json["list"] == ["/job/done"]
-        assert client.get("/job/done/data", key="key-of-done").body == '{"rows": [1, "ü"]}'.encode()
-
-    def test_a_job_that_the_predecessor_left_pending_runs(self, start, receiver, tmp_path):
-        make_predecessor(tmp_path / "jobs.db", result_url=receiver.url)
         make_database(tmp_path / "jobs.db", """INSERT INTO jobs (job_id, job_type, status, job_key)
             VALUES ('no-type', NULL, 'pending', 'k'), ('old-type', 'push_to_datastore', 'pending', 'k')""")
         client = start().client
-        first, second = (eventually(lambda name=name: finished(client, name)) for name in ("pending-1", "pending-2"))
+        first, second, *others = (eventually(lambda name=name: finished(client, name))
+                                  for name in ("pending-1", "pending-2", "no-type", "old-type"))
         assert (first["status"], first["data"], first["sent_data"]) == ("complete", ">hello", "hello")
-        assert second["error"] == {"message": "do not start message with >"} and second["status"] == "error"
-        headers, body = receiver.wait()[0]
-        assert (headers["Authorization"], body["job_id"], body["data"]) == ("api-key-1", "pending-1", ">hello")
-        eventually(lambda: show(client, "pending-1")["callback"]["status"] == "delivered")
-        assert read_rows(tmp_path / "jobs.db", "SELECT count(*) FROM jobs WHERE api_key IS NOT NULL") == [(0,)]
-        for job_id in ("no-type", "old-type"):
-            job = eventually(lambda job_id=job_id: finished(client, job_id))
-            assert job["status"] == "error" and "not available" in job["error"]["message"]
+        assert second["error"] == {"message": "do not start message with >"}
+        assert all("not available" in job["error"]["message"] for job in others)
+        assert set(show(client, "bare")) == SHOWN_FIELDS  # its columns are NULL
+        assert [show(client, "bare")[name] for name in ("sent_data", "data", "metadata")] == [{}, None, {}]
+        assert [line["message"] for line in show(client, "done")["logs"]] == ["first", ""]
         assert client.get("/status").json["stats"] == {"pending": 0, "complete": 3, "error": 4}
+        assert read_rows(tmp_path / "jobs.db", "SELECT count(*) FROM jobs WHERE api_key IS NOT NULL") == [(0,)]
 
     def test_a_database_is_taken_over_once_and_the_tables_of_others_stay(self, tmp_path):
         path = tmp_path / "jobs.db"
@@ -3288,24 +2891,23 @@ class TestOpening:
         assert read_rows(path, "SELECT * FROM apscheduler_jobs") == [("id", 1.5, b"pickle")]
         csp.Store(str(tmp_path / "new.db")).close()
         assert schema_of(path) == schema_of(tmp_path / "new.db")
-        assert read_rows(path, "PRAGMA integrity_check") == [("ok",)]
-        assert read_rows(path, "PRAGMA foreign_key_check") == []
+        checks = [read_rows(path, f"PRAGMA {name}") for name in ("integrity_check", "foreign_key_check")]
+        assert checks == [[("ok",)], []]
 
     @pytest.mark.parametrize("column", ["data", "error", "sent_data", "finished_timestamp", "requested_timestamp"])
-    def test_what_is_no_value_in_the_predecessors_columns_is_still_shown(self, start, tmp_path, column):
+    def test_an_invalid_value_in_the_predecessors_columns_is_still_shown(self, start, tmp_path, column):
         make_predecessor(tmp_path / "jobs.db")
         values = ["not json", "NaN", '{"a": NaN}', '"\\ud800"', "", "[" * 5000, '{"a": 1, "a": 2}', "1e999", "some day",
                   "2099-13-45 99:99:99.000000", None]
+        names = [(status, f"bad-{status}-{number}") for status in ("complete", "pending") for number in range(11)]
         with opened(tmp_path / "jobs.db") as connection:
-            connection.executemany(f"INSERT INTO jobs (job_id, job_type, status, {column}) VALUES (?, ?, ?, ?)", [
-                (f"bad-{status}-{number}", "echo", status, value)
-                for status in ("complete", "pending") for number, value in enumerate(values)])
+            connection.executemany(f"INSERT INTO jobs (job_id, job_type, status, {column}) VALUES (?, 'echo', ?, ?)", [
+                (name, status, value) for (status, name), value in zip(names, values * 2)])
         client = start().client
         assert client.get("/metrics", key=SECURE_KEY).status == 200  # asks for the job that has waited longest
-        for number in range(len(values)):
-            job = eventually(lambda number=number: finished(client, f"bad-pending-{number}"))
-            for shown in (job, show(client, f"bad-complete-{number}")):
-                assert shown["error"] is None or isinstance(shown["error"]["message"], str)
+        for _, name in names:
+            error = eventually(lambda name=name: finished(client, name))["error"]
+            assert error is None or isinstance(error["message"], str)
 
     @pytest.mark.parametrize("obstacle", [
         "CREATE TABLE counts (x)", "CREATE TABLE old_jobs (x)", "CREATE TABLE sessions (x)",
@@ -3317,49 +2919,15 @@ class TestOpening:
         before = dump(path)
         with pytest.raises(csp.StartError, match=r"The database .+ cannot be opened: .+\."):
             csp.Store(str(path))
-        assert dump(path) == before
-        assert read_rows(path, "PRAGMA user_version") == [(0,)] and read_rows(path, "PRAGMA application_id") == [(0,)]
-
-    def test_a_takeover_that_is_killed_is_made_by_the_next_start(self, tmp_path):
-        path = tmp_path / "jobs.db"
-        make_predecessor(path)
-        before = dump(path)
-        code = "import csp, os, sys; csp._as_time = lambda text: os._exit(9); csp.Store(sys.argv[1])"
-        ended = subprocess.run([sys.executable, "-c", code, str(path)], cwd=str(HERE), timeout=PATIENCE_SECONDS)
-        assert ended.returncode == 9 and dump(path) == before
-        with stored_in(path) as store:
-            assert store.count_jobs() == {"pending": 2, "complete": 2, "error": 1} and len(store.list_jobs(10)) == 5
-
-    @pytest.mark.parametrize("zone", ["UTC", "America/St_Johns", "Pacific/Kiritimati", "Asia/Kathmandu"])
-    def test_the_hours_of_the_predecessors_recent_jobs_are_right_in_any_zone(self, tmp_path, monkeypatch, zone):
-        monkeypatch.setenv("TZ", zone)
-        time.tzset()
-        try:
-            path, now = tmp_path / "jobs.db", time.time()
-            make_predecessor(path)
-            ends = [now - 60, now - 3600, now - 3700, now - 20 * 3600, now - 3 * 86_400]
-            with opened(path) as connection:
-                connection.executemany(
-                    "INSERT INTO jobs (job_id, job_type, status, finished_timestamp) VALUES (?, 'echo', 'complete', ?)",
-                    [(f"n{number}", csp.timestamp(end).replace("T", " ")) for number, end in enumerate(ends)])
-            expected = {}
-            for end in ends[:4]:
-                key = (int(end // 3600), "complete")
-                expected[key] = expected.get(key, 0) + 1
-            with stored_in(path) as store:
-                assert store.count_by_hour(0) == expected
-        finally:
-            monkeypatch.undo()
-            time.tzset()
-
+        values = [read_rows(path, f"PRAGMA {name}") for name in ("user_version", "application_id")]
+        assert dump(path) == before and values == [[(0,)]] * 2
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Store
 # ---------------------------------------------------------------------------------------------------------------------
 
 READS = {
-    "list": lambda store: store.list_jobs(20),
-    "list by status": lambda store: store.list_jobs(20, status="error"),
+    "list": lambda store: store.list_jobs(20), "list by status": lambda store: store.list_jobs(20, status="error"),
     "list by metadata": lambda store: store.list_jobs(20, metadata=[("third", "1")]),
     "list by common metadata": lambda store: store.list_jobs(20, metadata=[("all", "same")]),
     "list by two metadata": lambda store: store.list_jobs(20, metadata=[("third", "1"), ("all", "same")]),
@@ -3386,18 +2954,14 @@ READS = {
     "list due callbacks": lambda store: store.list_due_callbacks("host-1", 5),
     "list new logs": lambda store: store.list_new_logs(300, 600, 20),
     "list no new logs": lambda store: store.list_new_logs(300, 10**9, 20),
-    "find": lambda store: store.find_jobs("job-3", 20),
-    "find nothing": lambda store: store.find_jobs("zzz", 20),
+    "find": lambda store: store.find_jobs("job-3", 20), "find nothing": lambda store: store.find_jobs("zzz", 20),
     "find all": lambda store: store.find_jobs("", 20),
     "light jobs": lambda store: store.get_light_jobs([300, 5, 10**9]),
-    "get job": lambda store: store.get_job("job-300"),
-    "get no job": lambda store: store.get_job("no such job"),
+    "get job": lambda store: store.get_job("job-300"), "get no job": lambda store: store.get_job("no such job"),
     "get logs": lambda store: store.get_logs(store.get_job("job-300")),
     "get newest log": lambda store: store.get_logs(store.get_job("job-300"), 1),
-    "longest due": lambda store: store.get_longest_due(),
-    "count": lambda store: store.count_jobs(),
-    "count by type": lambda store: store.count_by_type(),
-    "count by hour": lambda store: store.count_by_hour(0),
+    "longest due": lambda store: store.get_longest_due(), "count": lambda store: store.count_jobs(),
+    "count by type": lambda store: store.count_by_type(), "count by hour": lambda store: store.count_by_hour(0),
 }
 LISTS = [  # what is asked for, and the numbers of the jobs found, of thirty
     ({}, lambda n: True),
@@ -3445,23 +3009,11 @@ def thirty():
     store.close()
 
 
-@pytest.fixture(scope="class")
-def six():
-    """A store with six jobs that have metadata; the odd ones are complete."""
-    store = csp.Store(None)
-    metadata = [{"list": ["ü", 1], "none": None}, {"kind": "a", "size": 1}, {"size": 1, "flag": True}, {"": ""},
-                {"kind": "a", "size": "1"}, {"kind": "a"}]
-    for number, pairs in enumerate(metadata, 1):
-        add_job(store, str(number), metadata=csp.to_json(pairs), status="complete" if number % 2 else "pending")
-    yield store
-    store.close()
-
-
 class TestStore:
     # -- group commit
 
     def batch(self, store, jobs):
-        """Store ``jobs`` in one batch: hold the writer until all are waiting. Return what came of each."""
+        """Store ``jobs`` in one batch: hold the writer until all of them wait. Return each one's result or error."""
         is_held, gate = threading.Event(), threading.Event()
         store.on_queued = lambda: is_held.set() or gate.wait(PATIENCE_SECONDS)
         store.add_job(make_job(store, f"gate-{uuid.uuid4()}"))
@@ -3472,25 +3024,18 @@ class TestStore:
 
     def test_a_write_that_fails_does_not_spoil_its_batch(self, store):
         good = [make_job(store, f"good-{number}", metadata='{"k": "v"}') for number in range(20)]
-        bad = [
-            make_job(store, "good-0"), make_job(store, "good-1", metadata='{"k": 1}'),
-            make_job(store, "bad-metadata", metadata='{"a": "b", "k": "\\ud800"}'), make_job(store, "bad-\ud800"),
-            make_job(store, "bad-number", api_key=2**70),
-        ]
-        mixed = [job for pair in zip(good, bad) for job in pair]
-        results = self.batch(store, mixed + good[len(bad):])
+        bad = [make_job(store, "good-0"), make_job(store, "good-1", metadata='{"k": 1}'),
+               make_job(store, "bad-metadata", metadata='{"a": "b", "k": "\\ud800"}'), make_job(store, "bad-\ud800"),
+               make_job(store, "bad-number", api_key=2**70)]
+        results = self.batch(store, [job for pair in zip(good, bad) for job in pair] + good[len(bad):])
         assert [type(result) for result in results[1:10:2]] == [csp.Conflict] * 2 + [ValueError] * 3
         assert results[1].message == "job_id good-0 already exists"
         assert results[:10:2] + results[10:] == [None] * 20
         found = [job_id for _, job_id in store.list_jobs(1000, metadata=[("k", "v")])]
         assert sorted(found) == sorted(job.job_id for job in good)
-        assert store.get_job("bad-metadata") is None and store.get_job("bad-number") is None
+        assert store.get_job("bad-metadata") is store.get_job("bad-number") is None
         assert store.list_jobs(1000, metadata=[("a", "b")]) == []
         assert store.count_jobs() == {"pending": 21, "complete": 0, "error": 0}
-
-    def test_a_batch_of_more_than_the_limit_is_written(self, store):
-        assert set(self.batch(store, [make_job(store, f"job-{n}") for n in range(2 * csp.BATCH_WRITES + 7)])) == {None}
-        assert store.count_jobs()["pending"] == 2 * csp.BATCH_WRITES + 8
 
     def test_a_write_is_visible_and_on_disk_when_it_returns(self, store, tmp_path):
         def write(number):
@@ -3504,99 +3049,69 @@ class TestStore:
         assert store.count_jobs()["pending"] == 80
 
     def test_what_waits_when_the_store_closes_is_written_and_later_writes_are_refused(self, tmp_path):
-        store = csp.Store(str(tmp_path / "jobs.db"))
-        job = make_job(store, "late")
-        writes = [store.add_job(make_job(store, f"job-{number}")) for number in range(100)]
-        store.close()
+        with stored_in(tmp_path / "jobs.db") as store:
+            job = make_job(store, "late")
+            writes = [store.add_job(make_job(store, f"job-{number}")) for number in range(100)]
         assert [result_of(write) for write in writes] == [None] * 100
         with pytest.raises(csp.Unavailable):
             store.add_job(job)
         assert read_rows(tmp_path / "jobs.db", "SELECT count(*) FROM jobs") == [(100,)]
-        store.close()
 
     # -- reading
-
-    @pytest.mark.parametrize("name", [name for name in READS if name.startswith(("list", "find", "light"))])
-    def test_a_list_comes_from_an_index_in_order(self, two_sizes, name):
-        statements, _ = observe(two_sizes[0], lambda: READS[name](two_sizes[0]))
-        assert 1 <= len(statements) <= 3
-        in_order = ["SCAN jobs AS j", "SCAN TABLE jobs AS j", "SCAN j"] if name == "list" else []  # by its primary key
-        in_order += ["SCAN hosts", "SCAN TABLE hosts"]
-        for statement in statements:
-            with csp._borrowed(two_sizes[0]._readers) as connection:
-                rows = connection.execute("EXPLAIN QUERY PLAN " + statement, [None] * statement.count("?")).fetchall()
-            plan = [row[3] for row in rows]
-            assert plan and not [
-                step for step in plan if "TEMP B-TREE" in step or "AUTOMATIC" in step
-                or (step.startswith("SCAN") and "INDEX" not in step and step not in in_order)], plan
 
     @pytest.mark.parametrize("name", READS)
     def test_reading_costs_the_same_however_many_jobs_there_are(self, two_sizes, name):
         small, large = (observe(store, lambda store=store: READS[name](store))[1] for store in two_sizes)
         assert large <= small * 1.3 + 100
 
-    @pytest.mark.parametrize("filters, numbers", [
-        ({"metadata": [("kind", "a")]}, [6, 5, 2]),
-        ({"metadata": [("kind", "a"), ("size", "1")]}, [5, 2]),
-        ({"metadata": [("size", "1"), ("kind", "a")]}, [5, 2]),
-        ({"metadata": [("kind", "a"), ("kind", "b")]}, []),
-        ({"metadata": [("size", "1")], "status": "complete"}, [5, 3]),
-        ({"metadata": [("list", '["ü", 1]')]}, [1]),
-        ({"metadata": [("none", "null")]}, [1]),
-        ({"metadata": [("flag", "true")]}, [3]),
-        ({"metadata": [("", "")]}, [4]),
-        ({"metadata": [("kind", "A")]}, []),
-        ({"metadata": [("kind", "%")]}, []),
-        ({"metadata": [("size", "1.0")]}, []),
-    ], ids=str)
-    def test_a_list_is_filtered_by_metadata(self, six, filters, numbers):
-        assert [int(job_id) for _, job_id in six.list_jobs(100, **filters)] == numbers
+    def test_metadata_is_compared_as_its_json_text(self, store):
+        add_job(store, "1", metadata='{"list": ["ü", 1], "none": null}')
+        add_job(store, "2", metadata='{"flag": true, "size": 1}')
+        add_job(store, "3", metadata='{"": "", "size": "1"}')
+        for key, value, found in [("list", '["ü", 1]', "1"), ("none", "null", "1"), ("flag", "true", "2"),
+                                  ("flag", "True", ""), ("size", "1", "32"), ("size", "1.0", ""), ("", "", "3")]:
+            assert [job_id for _, job_id in store.list_jobs(9, metadata=[(key, value)])] == list(found), (key, value)
 
     @pytest.mark.parametrize("wanted, matches", LISTS, ids=[str(wanted) for wanted, _ in LISTS])
     def test_lists_come_newest_first_and_in_pages(self, thirty, wanted, matches):
         expected = [number for number in range(30, 0, -1) if matches(number)]
         assert thirty.list_jobs(100, **wanted) == [(seq, f"job-{seq}") for seq in expected]
-        for limit in (0, 1, 2, 3, 7, 30):
-            for offset in range(0, len(expected) + 2):
-                found = [seq for seq, _ in thirty.list_jobs(limit, offset=offset, **wanted)]
-                assert found == expected[offset:offset + limit], (limit, offset)
-            for before, offset in itertools.product((1, 2, 15, 16, 30, 31), (0, 1)):
-                found = [seq for seq, _ in thirty.list_jobs(limit, offset, before_seq=before, **wanted)]
-                older = [number for number in expected if number < before]
-                assert found == older[offset:offset + limit], (limit, before, offset)
+        for limit, offset, before in itertools.product((0, 1, 2, 3, 7, 30), (0, 1, 5, 29), (None, 1, 2, 15, 16, 30)):
+            found = [seq for seq, _ in thirty.list_jobs(limit, offset, before_seq=before, **wanted)]
+            older = [number for number in expected if before is None or number < before]
+            assert found == older[offset:offset + limit], (limit, offset, before)
 
     def test_jobs_are_found_by_the_beginning_of_their_id(self, store):
         ids = ["b", "\U0001f600", "ab", "a", "%", "ä", "äb", "_", "a_", "A", "abc", "a%", "\uffff", "a\U0010ffff"]
         for job_id in ids:
             add_job(store, job_id)
         for prefix in [*ids, "", "abcd", "*", "'"]:
-            expected = sorted(job_id for job_id in ids if job_id.startswith(prefix))
-            found = store.find_jobs(prefix, 100)
-            assert [job_id for _, job_id in found] == expected and store.find_jobs(prefix, 2) == found[:2]
-            assert all(store.get_job(job_id).seq == seq for seq, job_id in found)
+            found = [job_id for _, job_id in store.find_jobs(prefix, 100)]
+            assert found == sorted(job_id for job_id in ids if job_id.startswith(prefix))
+            assert [job_id for _, job_id in store.find_jobs(prefix, 2)] == found[:2]
 
     # -- counters, transitions, deletion
 
     def test_counters_are_what_counting_gives(self, tmp_path):
-        chance, path = random.Random(4), tmp_path / "jobs.db"
-        store = csp.Store(str(path))
-        for number in range(300):
-            if number % 100 == 99:
-                store.close()
-                store = csp.Store(str(path))
-            self.do_something(store, chance, number)
-            if number % 50 == 0:
-                assert store.count_jobs() == counted(path)
-        store.close()
-        assert min(counted(path).values()) > 5
+        chance, path, hour = random.Random(4), tmp_path / "jobs.db", int(time.time() // 3600)
+        for part in range(3):
+            with stored_in(path) as store:
+                for number in range(100 * part, 100 * part + 100):
+                    self.do_something(store, chance, number)
+                    if number % 50 == 0:
+                        assert store.count_jobs() == counted(path)
+        assert min(counted(path).values()) > 1
         assert read_rows(path, "SELECT * FROM counts WHERE jobs <> 0 ORDER BY 1, 2") == read_rows(
             path, "SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2 ORDER BY 1, 2")
+        with stored_in(path) as store:  # the hours count what was deleted, too
+            hours, later = store.count_by_hour(hour), int(time.time() // 3600)
+            assert {key[0] for key in hours} <= {hour, later} and store.count_by_hour(later + 1) == {}
+            assert sum(hours.values()) > sum(counted(path).values()) - counted(path)["pending"]
 
     def do_something(self, store, chance, number):
-        """Do one step of a random history: add, claim, finish, requeue, cancel, delete or clear."""
-        jobs = [store.get_job(job_id) for _, job_id in store.list_jobs(1000)]
-        job = chance.choice(jobs) if jobs else None
-        action = chance.randrange(10)
+        """Do one step of a random history: add, claim, finish, requeue, delete or clear."""
+        listed, action = store.list_jobs(1000), chance.randrange(10)
+        job = store.get_job(chance.choice(listed)[1]) if listed else None
         if action < 3 or job is None:
             add_job(store, str(number), job_type=chance.choice(["one", "two"]))
         elif action == 3:
@@ -3613,47 +3128,28 @@ class TestStore:
         elif action == 9 and chance.random() < 0.1:
             store.delete_finished_jobs(csp.timestamp(time.time() + 1))
 
-    def test_hours_are_counted(self, store):
-        now = int(time.time() // 3600)
-        for number in range(6):
-            finish(store, claim(store, add_job(store, str(number))), "error" if number % 3 == 0 else "complete")
-        later = int(time.time() // 3600)
-        found = store.count_by_hour(now)
-        assert {hour for hour, _ in found} <= {now, later}
-        assert sum(jobs for (_, status), jobs in found.items() if status == "error") == 2
-        assert sum(found.values()) == 6 and store.count_by_hour(later + 1) == {}
-
-    def test_a_late_result_changes_nothing(self, store):
-        job = claim(store, add_job(store, "a"))
+    def test_an_illegal_move_raises_and_a_late_result_changes_nothing(self, store):
+        queued = add_job(store, "a")
+        for move in (lambda: finish(store, queued, "complete"), lambda: requeue(store, queued, 0.0)):
+            with pytest.raises(ValueError):
+                move()
+        job = claim(store, queued)
         assert requeue(store, job, 0.0)
         again = claim(store, job)
         assert (job.attempts, again.attempts) == (1, 2)
-        assert finish(store, job, data="1") is None
-        assert store.get_job("a") == again
+        assert finish(store, job, data="1") is None and store.get_job("a") == again
         assert finish(store, again, data="2") == store.get_job("a")
         assert not finish(store, again, "error", error="{}") and not store.mark_cancelled(again)
         assert (store.get_job("a").data, store.get_job("a").status) == ("2", "complete")
-
-    def test_an_illegal_move_raises(self, store):
-        job = add_job(store, "a")
-        with pytest.raises(ValueError):
-            finish(store, job, "complete")
-        with pytest.raises(ValueError):
-            requeue(store, job, 0.0)
-        finish(store, claim(store, job))
         with pytest.raises(ValueError):
             finish(store, store.get_job("a"), "error")
 
     def test_jobs_are_claimed_in_order_once_and_when_they_are_due(self, store):
         now, begun = time.time(), []
-
-        def claim_two():
-            return store.claim_jobs(2, now, lambda: True, begun.append)
-
         for job_id, run_at in (("c", 3.0), ("a", 1.0), ("b", 1.0), ("later", now + 60)):
             add_job(store, job_id, run_at=run_at, attempts=int(job_id == "later"))
         for job_ids, next_at in ((["a", "b"], 3.0), (["c"], now + 60), ([], now + 60)):
-            jobs, found_at, is_suspect = claim_two()
+            jobs, found_at, is_suspect = store.claim_jobs(2, now, lambda: True, begun.append)
             assert ([job.job_id for job in jobs], found_at, is_suspect) == (job_ids, next_at, False)
         assert [job.job_id for job in begun] == ["a", "b", "c"]
         assert [job.job_id for job in store.list_running()] == ["c", "a", "b"]
@@ -3664,322 +3160,210 @@ class TestStore:
             job = add_job(store, job_id, api_key="very-secret", result_url=result_url, callback_host="a")
             finish(store, claim(store, job))
         assert [store.get_job(job_id).api_key for job_id in ("with", "without")] == ["very-secret", None]
-        store.mark_callback(store.get_job("with"), "pending", "answered 500", 5.0)
-        assert store.get_job("with").api_key == "very-secret"
-        store.mark_callback(store.get_job("with"), "delivered", None, None)
-        assert store.get_job("with").api_key is None
+        for status, error, at, kept in (("pending", "no", 5.0, "very-secret"), ("delivered", None, None, None)):
+            store.mark_callback(store.get_job("with"), status, error, at)
+            assert store.get_job("with").api_key == kept
         store.close()
         assert b"very-secret" not in (tmp_path / "jobs.db").read_bytes()
 
-    @pytest.mark.parametrize("sent, made", [
-        ("small", "x" * csp.LARGE_CHARACTERS), ("ä" * csp.LARGE_CHARACTERS, ""), ("ä" * csp.LARGE_CHARACTERS, None),
-        ("ä" * csp.LARGE_CHARACTERS, b"\x00" * csp.LARGE_CHARACTERS), ("small", b""),
-    ], ids=["large result", "large input", "no result", "large bytes", "no bytes"])
-    def test_a_large_value_is_the_same_wherever_it_is_kept(self, start, sent, made):
+    @pytest.mark.parametrize("sent, made, count", [
+        ("small", "x" * csp.LARGE_CHARACTERS, 1), ("ä" * csp.LARGE_CHARACTERS, b"\x00" * csp.LARGE_CHARACTERS, 2),
+        ("ä" * csp.LARGE_CHARACTERS, b"", 1),
+    ], ids=["result", "input and bytes", "input"])
+    def test_a_large_value_is_kept_apart_and_shown_as_it_was(self, start, sent, made, count):
         def work(task_id, input):
             assert input["data"] == sent
             return made
 
         registry = registry_of(work, "later")
         registry.synchronous(named("now", lambda task_id, input: work(task_id, input)))
-        expected = {"base64": base64.b64encode(made).decode()} if isinstance(made, bytes) else made
         first = start(registry)
         jobs = [first.client.submit(name, sent) for name in ("now", "later")]
         shown = [first.client.finish(job) for job in jobs]
         first.stop()
-        again = start(registry)
-        assert [again.client.show(job) for job in jobs] == shown
-        assert [(job["status"], job["sent_data"], job["data"]) for job in shown] == [("complete", sent, expected)] * 2
-        count = 2 * sum(value is not None and len(value) > 5 for value in (sent, made))
-        assert rows_of(first.path, "SELECT count(*) FROM large") == [(count,)]
-        (lengths,) = rows_of(first.path, "SELECT max(length(sent_data)), max(length(data)) FROM jobs")
-        assert max(length or 0 for length in lengths) < 10
+        client = start(registry).client
+        assert [client.show(job) for job in jobs] == shown
+        data = {"base64": base64.b64encode(made).decode()} if isinstance(made, bytes) else made
+        assert [(job["status"], job["sent_data"], job["data"]) for job in shown] == [("complete", sent, data)] * 2
+        assert rows_of(first.path, "SELECT count(*) FROM large") == [(2 * count,)]
+        assert rows_of(first.path, "SELECT count(*) FROM jobs WHERE length(data) + length(sent_data) > 20") == [(0,)]
         for job in jobs:
-            assert again.client.delete(f"/job/{job['job_id']}", key=job["job_key"]).status == 200
+            assert client.delete(f"/job/{job['job_id']}", key=job["job_key"]).status == 200
         assert rows_of(first.path, "SELECT count(*) FROM large") == [(0,)]
 
-    def test_a_queued_job_without_its_input_ends_and_blocks_no_other(self, start, gate):
-        @gate.registry.asynchronous
-        def work(task_id, input):
-            assert gate.open.wait(PATIENCE_SECONDS)
-            return input["data"]
-
-        running = start(gate.registry, WORKERS=1)
-        jobs = [running.client.submit("work", data) for data in ("first", "x" * csp.LARGE_CHARACTERS, "last")]
-        rows_of(running.path, "DELETE FROM large")
-        gate.open.set()
-        assert [running.client.finish(job)["data"] for job in (jobs[0], jobs[2])] == ["first", "last"]
-        assert eventually(
-            lambda: running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 1})
-
-    def test_a_large_job_that_is_deleted_while_it_is_read_is_gone(self, store, monkeypatch):
-        add_job(store, "a", sent_data=csp.to_json("x" * csp.LARGE_CHARACTERS))
-        read = store._read
-
-        def slow(statement, values=()):
-            rows = read(statement, values)
-            if rows and rows[0][1:2] == ("a",):
-                store.delete_job(csp.Job._make(rows[0]))
-            return rows
-
-        monkeypatch.setattr(store, "_read", slow)
-        assert store.get_job("a") is None
-
-    def test_deleting_a_job_deletes_its_log_and_metadata(self, start, tmp_path):
-        client = start().client
+    def test_deleting_a_job_deletes_its_log_and_metadata(self, service):
+        client = service.client
         jobs = [client.submit("echo", "&a", metadata={"k": "v"}, job_id=job_id) for job_id in ("gone", "kept")]
         assert client.delete("/job/gone", key=jobs[0]["job_key"]).json == {"success": True}
-        assert client.get("/job/gone", key=jobs[0]["job_key"]).status == 404
         assert client.get("/job?k=v").json == {"list": ["/job/kept"]}
         for table in ("jobs", "metadata", "logs"):
-            assert read_rows(tmp_path / "jobs.db", f"SELECT DISTINCT job_id FROM {table}") == [("kept",)]
+            assert read_rows(service.path, f"SELECT DISTINCT job_id FROM {table}") == [("kept",)]
         assert client.submit("echo", "a", job_id="gone")["logs"] == []
 
-    def test_old_jobs_are_cleared_in_slices_but_not_while_a_callback_is_due(self, tmp_path):
+    def test_old_jobs_are_cleared_but_not_while_a_callback_is_due(self, tmp_path):
         path, count = tmp_path / "jobs.db", csp.CLEAR_SLICE * 3 + 7
         csp.Store(str(path)).close()
         fill(path, count)
         left = [number for number in range(1, count + 1) if number % 10 == 2 or number % 5 == 3]
         with stored_in(path) as store:
-            assert store.delete_finished_jobs(csp.timestamp(1_600_000_000)) == 0
-            assert store.delete_finished_jobs(csp.timestamp(1_600_000_000 + 11)) == 10 - 3
-            assert store.delete_finished_jobs(csp.timestamp(time.time())) == count - len(left) - 7
+            for before, deleted in ((1_600_000_000, 0), (1_600_000_011, 7), (time.time(), count - len(left) - 7)):
+                assert store.delete_finished_jobs(csp.timestamp(before)) == deleted
             assert store.count_jobs() == counted(path)
         assert read_rows(path, "SELECT seq FROM jobs ORDER BY seq") == [(number,) for number in left]
-        assert read_rows(path, "SELECT count(*) FROM logs") == [(2 * len(left),)]
-        assert read_rows(path, "SELECT count(*) FROM metadata") == [(3 * len(left),)]
+        for table, rows in (("logs", 2), ("metadata", 3)):
+            assert read_rows(path, f"SELECT count(*) FROM {table}") == [(rows * len(left),)]
 
     # -- sessions
 
-    def test_sessions_are_forgotten_when_they_are_old(self, store):
-        store.add_session("idle", 100.0, 0.0, 0.0)
-        store.add_session("used", 100.0, 0.0, 0.0)
-        store.mark_session_used("used", 190.0)
-        assert (store.get_session("idle"), store.get_session("no such")) == ((100.0, 100.0), None)
-        store.add_session("new", 200.0, 150.0, 50.0)
-        assert [store.get_session(name) for name in ("idle", "used", "new")] == [None, (100.0, 190.0), (200.0, 200.0)]
-        store.add_session("newer", 300.0, 150.0, 150.0)
-        store.delete_session("new")
-        assert [store.get_session(name) for name in ("used", "new", "newer")] == [None, None, (300.0, 300.0)]
-
-
 HOST = b"Host: a\r\n"
 JSON_BODY = b'{"job_type": "echo", "api_key": "k", "data": 1}'
+SIZE = b"%d" % len(JSON_BODY)
+CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(JSON_BODY), JSON_BODY)
 POST = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+def line(text):
+    return text + b"\r\nHost: a\r\n\r\n"
+
+
+def host(text):
+    return b"GET /status HTTP/1.1\r\n" + text + b"\r\n\r\n"
+
+
+def field(text):
+    return line(b"GET /status HTTP/1.1\r\n" + text)
 
 
 def length(value):
     return POST + b"Content-Length: " + value + b"\r\n\r\n" + JSON_BODY
 
 
-def chunked(body, coding=b"chunked", more=b""):
-    return POST + b"Transfer-Encoding: " + coding + b"\r\n" + more + b"\r\n" + body
+def chunked(body, coding=b"chunked"):
+    return POST + b"Transfer-Encoding: " + coding + b"\r\n\r\n" + body
 
 
-def field(line):
-    return b"GET /status HTTP/1.1\r\nHost: a\r\n" + line + b"\r\n\r\n"
+def coded(coding):
+    return chunked(CHUNKS, coding)
 
 
-SIZE = b"%d" % len(JSON_BODY)
-CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(JSON_BODY), JSON_BODY)
 NOW_CLOSED, GOES_ON = False, True
-RAW_REQUESTS = [  # bytes, status, whether the connection goes on
-    # request lines
-    (b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"\r\nGET /status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"\r\n\r\n\r\nGET /status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET /status HTTP/1.0\r\n\r\n", 200, NOW_CLOSED),
-    (b"GET /status HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", 200, GOES_ON),
-    (b"GET /status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", 200, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a\r\nConnection: foo, CLOSE\r\n\r\n", 200, NOW_CLOSED),
-    (b"GET /status HTTP/1.9\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET /status HTTP/2.0\r\nHost: a\r\n\r\n", 505, NOW_CLOSED),
-    (b"GET /status HTTP/0.9\r\nHost: a\r\n\r\n", 505, NOW_CLOSED),
-    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, NOW_CLOSED),
-    (b"GET /status\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1 \r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b" GET /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET  /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET\t/status\tHTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET\xa0/status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status\x0bHTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /sta\x85tus HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /sta\x00tus HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /\xc3\xa4 HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status http/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1x\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/11\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.10\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTPS/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"G\xc3\x84T /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GE(T /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"get /status HTTP/1.1\r\nHost: a\r\n\r\n", 405, GOES_ON),
-    (b"BREW /status HTTP/1.1\r\nHost: a\r\n\r\n", 405, GOES_ON),
-    (b"BREW /nothing HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"A" * 33 + b" /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"TRACE /status HTTP/1.1\r\nHost: a\r\n\r\n", 405, GOES_ON),
-    (b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET * HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n", 204, GOES_ON),
-    (b"GET http://a/status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET HTTP://a:80/status HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET http://a HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET http://a?x=1 HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET ftp://a/status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status#x HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status?x=1 HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET /status/ HTTP/1.1\r\nHost: a\r\n\r\n", 200, GOES_ON),
-    (b"GET //status HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"GET //evil.example/%2f.. HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"GET /../status HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"GET /%73tatus HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"GET /job/%ff HTTP/1.1\r\nHost: a\r\n\r\n", 409, GOES_ON),
-    (b"GET /job/%00 HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"GET /job/a%2fb HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"GET /job/%zz HTTP/1.1\r\nHost: a\r\n\r\n", 404, GOES_ON),
-    (b"GET /job/%ed%a0%80 HTTP/1.1\r\nHost: a\r\n\r\n", 409, GOES_ON),
-    (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414, NOW_CLOSED),
-    (b"GET /" + b"a" * 9000, 414, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\nHost: a\n\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\rHost: a\r\r\n\r\n", 400, NOW_CLOSED),
-    (b"\nGET /status HTTP/1.1\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400, NOW_CLOSED),
-    (b"\x00" * 20 + b"\r\n\r\n", 400, NOW_CLOSED),
-    # Host
-    (b"GET /status HTTP/1.1\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a\r\nhOST: b\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a, b\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a b\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a/b\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: u@a\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a:b\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: a:123456\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: [::1\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: \xe4\r\n\r\n", 400, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nHost: [::1]:80\r\n\r\n", 200, GOES_ON),
-    (b"GET /status HTTP/1.1\r\nHost:\r\n\r\n", 200, GOES_ON),
-    (b"GET /status HTTP/1.1\r\nHost:a.example:8000\r\n\r\n", 200, GOES_ON),
-    # fields
-    (field(b"X: 1"), 200, GOES_ON),
-    (field(b"X:"), 200, GOES_ON),
-    (field(b"X: \t 1 \t "), 200, GOES_ON),
-    (field(b"X: \xe4\xff"), 200, GOES_ON),
-    (field(b"X-!#$%&'*+.^_`|~: 1"), 200, GOES_ON),
-    (field(b"X : 1"), 400, NOW_CLOSED),
-    (field(b"X\t: 1"), 400, NOW_CLOSED),
-    (field(b" X: 1"), 400, NOW_CLOSED),
-    (field(b"X: 1\r\n folded"), 400, NOW_CLOSED),
-    (field(b"X: 1\r\n\tfolded"), 400, NOW_CLOSED),
-    (field(b"X"), 400, NOW_CLOSED),
-    (field(b": 1"), 400, NOW_CLOSED),
-    (field(b"X(: 1"), 400, NOW_CLOSED),
-    (field(b"X\xe4: 1"), 400, NOW_CLOSED),
-    (field(b"X: a\x00b"), 400, NOW_CLOSED),
-    (field(b"X: a\rb"), 400, NOW_CLOSED),
-    (field(b"X: a\nb"), 400, NOW_CLOSED),
-    (field(b"X: a\x0bb"), 400, NOW_CLOSED),
-    (field(b"X: a\x7fb"), 400, NOW_CLOSED),
-    (field(b"X\x00: 1"), 400, NOW_CLOSED),
-    (field(b"X\r: 1"), 400, NOW_CLOSED),
-    (field(b"X: 1\r\nX: 2"), 200, GOES_ON),
-    (field(b"Authorization: a\r\nAuthorization: b"), 400, NOW_CLOSED),
-    (field(b"Content-Type: a\r\nContent-Type: b"), 400, NOW_CLOSED),
-    (field(b"\r\n".join([b"X: 1"] * 99)), 200, GOES_ON),
-    (field(b"\r\n".join([b"X: 1"] * 100)), 431, NOW_CLOSED),
-    (field(b"X: " + b"a" * 60_000), 200, GOES_ON),
-    (field(b"X: " + b"a" * 70_000), 431, NOW_CLOSED),
-    (b"GET /status HTTP/1.1\r\nX: " + b"a" * 70_000, 431, NOW_CLOSED),
-    # lengths
-    (length(SIZE), 200, GOES_ON),
-    (length(b"0" + SIZE), 200, GOES_ON),
-    (length(b"  " + SIZE + b"  "), 200, GOES_ON),
-    (length(b"+" + SIZE), 400, NOW_CLOSED),
-    (length(b"-" + SIZE), 400, NOW_CLOSED),
-    (length(b"0x2f"), 400, NOW_CLOSED),
-    (length(b"4_7"), 400, NOW_CLOSED),
-    (length(b"4 7"), 400, NOW_CLOSED),
-    (length(b"47.0"), 400, NOW_CLOSED),
-    (length(b"47, 47"), 400, NOW_CLOSED),
-    (length(b"47;"), 400, NOW_CLOSED),
-    (length(b""), 400, NOW_CLOSED),
-    (length(b"\xb2"), 400, NOW_CLOSED),
-    (length(b"abc"), 400, NOW_CLOSED),
-    (length(SIZE + b"\r\nContent-Length: " + SIZE), 400, NOW_CLOSED),
-    (length(SIZE + b"\r\nContent-Length: 0"), 400, NOW_CLOSED),
-    (length(SIZE + b"\r\nContent-Length : 0"), 400, NOW_CLOSED),
-    (length(b"99999999999"), 413, NOW_CLOSED),
-    (length(b"9" * 400), 413, NOW_CLOSED),
-    (POST + b"\r\n", 409, GOES_ON),
-    # chunks
-    (chunked(CHUNKS), 200, GOES_ON),
-    (chunked(CHUNKS, b"Chunked"), 200, GOES_ON),
-    (chunked(b"%X ; a=b\r\n%b\r\n0;x\r\n\r\n" % (len(JSON_BODY), JSON_BODY)), 200, GOES_ON),
-    (chunked(b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_BODY) + b"0\r\n\r\n"), 200, GOES_ON),
-    (chunked(CHUNKS[:-2] + b"X: trailer\r\n\r\n"), 200, GOES_ON),
-    (chunked(CHUNKS[:-2] + b"X : trailer\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(CHUNKS[:-2] + b"trailer\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(CHUNKS[:-2] + b"X: 1\r\n" * 200 + b"\r\n"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, more=b"Content-Length: 5\r\n"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b"gzip, chunked"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b"chunked, chunked"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b"chunked, identity"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b"identity"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b"\x0bchunked"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b"xchunked"), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b""), 400, NOW_CLOSED),
-    (chunked(CHUNKS, b"chunked\r\nTransfer-Encoding: chunked"), 400, NOW_CLOSED),
-    (chunked(CHUNKS).replace(b"HTTP/1.1", b"HTTP/1.0"), 400, NOW_CLOSED),
-    (chunked(b"0x2f\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"+2f\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b" 2f\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"-1\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"g\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"2f\n" + JSON_BODY + b"\n0\n\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"2f\r\n" + JSON_BODY + b"xx0\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"2e\r\n" + JSON_BODY + b"\r\n0\r\n\r\n"), 400, NOW_CLOSED),
-    (chunked(b"f" * 17 + b"\r\n"), 400, NOW_CLOSED),
-    (chunked(b"fffffffffffffff\r\n"), 413, NOW_CLOSED),
-    (chunked(b"1;" + b"a" * 5000 + b"\r\n"), 400, NOW_CLOSED),
-    (chunked(b"1;\x00\r\n"), 400, NOW_CLOSED),
-    # expectations
-    (length(SIZE).replace(b"Host", b"Expect: 200-ok\r\nHost"), 417, NOW_CLOSED),
-    (length(b"99999999999").replace(b"Host", b"Expect: 100-continue\r\nHost"), 413, NOW_CLOSED),
-    (length(SIZE).replace(b"Host", b"Expect: 100-continue\r\nHost").replace(b"1.1", b"1.0"), 200, NOW_CLOSED),
-    # bodies where none is needed are no next request
-    (
-        b"DELETE /job HTTP/1.1\r\nHost: a\r\nContent-Length: 31\r\n\r\nGET /user HTTP/1.1\r\nHost: a\r\n\r\n",
-        403,
-        GOES_ON,
-    ),
-    (b"GET /status HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 200, GOES_ON),
-    (b"GET /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 404, GOES_ON),
-    (b"PUT /status HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 405, GOES_ON),
-    (b"HEAD /status HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 200, GOES_ON),
-    (b"OPTIONS /job HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nGET /", 204, GOES_ON),
-]
+RAW_REQUESTS = {  # status, and whether the connection goes on
+    (200, GOES_ON): [
+        *map(line, [
+            b"GET /status HTTP/1.1", b"\r\nGET /status HTTP/1.1", b"\r\n\r\n\r\nGET /status HTTP/1.1",
+            b"GET /status HTTP/1.9", b"GET http://a/status HTTP/1.1", b"GET HTTP://a:80/status HTTP/1.1",
+            b"GET http://a HTTP/1.1", b"GET http://a?x=1 HTTP/1.1", b"GET /status?x=1 HTTP/1.1",
+            b"GET /status/ HTTP/1.1", b"GET /status HTTP/1.0\r\nConnection: keep-alive",
+        ]),
+        *map(host, [b"Host: [::1]:80", b"Host:", b"Host:a.example:8000"]),
+        *map(field, [
+            b"X: 1", b"X:", b"X: \t 1 \t ", b"X: \xe4\xff", b"X-!#$%&'*+.^_`|~: 1", b"X: 1\r\nX: 2",
+            b"\r\n".join([b"X: 1"] * 99), b"X: " + b"a" * 60_000,
+        ]),
+        *map(length, [SIZE, b"0" + SIZE, b"  " + SIZE + b"  "]),
+        *map(chunked, [
+            CHUNKS, b"%X ; a=b\r\n%b\r\n0;x\r\n\r\n" % (len(JSON_BODY), JSON_BODY), CHUNKS[:-2] + b"X: trailer\r\n\r\n",
+            b"".join(b"1\r\n%c\r\n" % byte for byte in JSON_BODY) + b"0\r\n\r\n",
+        ]),
+        coded(b"Chunked"),
+        # a body where none is needed is no next request
+        line(b"GET /status HTTP/1.1\r\nContent-Length: 5") + b"GET /",
+        line(b"HEAD /status HTTP/1.1\r\nContent-Length: 5") + b"GET /",
+    ],
+    (200, NOW_CLOSED): [
+        b"GET /status HTTP/1.0\r\n\r\n", field(b"Connection: close"), field(b"Connection: foo, CLOSE"),
+        length(SIZE).replace(b"Host", b"Expect: 100-continue\r\nHost").replace(b"1.1", b"1.0"),
+    ],
+    (204, GOES_ON): [
+        line(b"OPTIONS * HTTP/1.1"), line(b"OPTIONS /job HTTP/1.1\r\nContent-Length: 5") + b"GET /",
+    ],
+    (400, NOW_CLOSED): [
+        b"GET /status\r\n\r\n", b"GET\r\n\r\n", b"GET /status HTTP/1.1\nHost: a\n\n", b"\x00" * 20 + b"\r\n\r\n",
+        b"GET /status HTTP/1.1\r\nHost: a\n\r\n", b"GET /status HTTP/1.1\rHost: a\r\r\n\r\n",
+        b"\nGET /status HTTP/1.1\r\nHost: a\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        *map(line, [
+            b"GET /status HTTP/1.1 ", b" GET /status HTTP/1.1", b"GET  /status HTTP/1.1", b"GET\t/status\tHTTP/1.1",
+            b"GET\xa0/status HTTP/1.1", b"GET /status\x0bHTTP/1.1", b"GET /sta\x85tus HTTP/1.1",
+            b"GET /sta\x00tus HTTP/1.1", b"GET /\xc3\xa4 HTTP/1.1", b"GET /status http/1.1", b"GET /status HTTP/1.1x",
+            b"GET /status HTTP/11", b"GET /status HTTP/1.10", b"GET /status HTTPS/1.1", b"G\xc3\x84T /status HTTP/1.1",
+            b"GE(T /status HTTP/1.1", b"A" * 33 + b" /status HTTP/1.1", b"CONNECT a:80 HTTP/1.1",
+            b"GET status HTTP/1.1", b"GET * HTTP/1.1", b"GET ftp://a/status HTTP/1.1", b"GET /status#x HTTP/1.1",
+        ]),
+        *map(host, [
+            b"X: no host", b"Host: a\r\nHost: a", b"Host: a\r\nhOST: b", b"Host: a, b", b"Host: a b", b"Host: a/b",
+            b"Host: u@a", b"Host: a:b", b"Host: a:123456", b"Host: [::1", b"Host: \xe4",
+        ]),
+        *map(field, [
+            b"X : 1", b"X\t: 1", b" X: 1", b"X: 1\r\n folded", b"X: 1\r\n\tfolded", b"X", b": 1", b"X(: 1", b"X\xe4: 1",
+            b"X: a\x00b", b"X: a\rb", b"X: a\nb", b"X: a\x0bb", b"X: a\x7fb", b"X\x00: 1", b"X\r: 1",
+            b"Authorization: a\r\nAuthorization: b", b"Content-Type: a\r\nContent-Type: b",
+        ]),
+        *map(length, [
+            b"+" + SIZE, b"-" + SIZE, b"0x2f", b"4_7", b"4 7", b"47.0", b"47, 47", b"47;", b"", b"\xb2", b"abc",
+            SIZE + b"\r\nContent-Length: " + SIZE, SIZE + b"\r\nContent-Length: 0", SIZE + b"\r\nContent-Length : 0",
+        ]),
+        *map(coded, [
+            b"gzip, chunked", b"chunked, chunked", b"chunked, identity", b"identity", b"\x0bchunked", b"xchunked", b"",
+            b"chunked\r\nTransfer-Encoding: chunked", b"chunked\r\nContent-Length: 5",
+        ]),
+        chunked(CHUNKS).replace(b"HTTP/1.1", b"HTTP/1.0"),
+        *map(chunked, [
+            CHUNKS[:-2] + b"X : trailer\r\n\r\n", CHUNKS[:-2] + b"trailer\r\n\r\n",
+            CHUNKS[:-2] + b"X: 1\r\n" * 200 + b"\r\n", b"-1\r\n\r\n", b"g\r\n\r\n", b"\r\n\r\n", b"f" * 17 + b"\r\n",
+            b"1;" + b"a" * 5000 + b"\r\n", b"1;\x00\r\n", b"2f\n" + JSON_BODY + b"\n0\n\n\r\n",
+            b"2f\r\n" + JSON_BODY + b"xx0\r\n\r\n",
+            *(size + b"\r\n" + JSON_BODY + b"\r\n0\r\n\r\n" for size in (b"0x2f", b"+2f", b" 2f", b"2e")),
+        ]),
+    ],
+    (403, GOES_ON): [line(b"DELETE /job HTTP/1.1\r\nContent-Length: 31") + line(b"GET /user HTTP/1.1")],
+    (404, GOES_ON): [
+        *map(line, [
+            b"BREW /nothing HTTP/1.1", b"GET //status HTTP/1.1", b"GET //evil.example/%2f.. HTTP/1.1",
+            b"GET /../status HTTP/1.1", b"GET /%73tatus HTTP/1.1", b"GET /job/%00 HTTP/1.1",
+            b"GET /job/a%2fb HTTP/1.1", b"GET /job/%zz HTTP/1.1",
+        ]),
+        line(b"GET /nothing HTTP/1.1\r\nContent-Length: 5") + b"GET /",
+    ],
+    (405, GOES_ON): [
+        *map(line, [b"get /status HTTP/1.1", b"BREW /status HTTP/1.1", b"TRACE /status HTTP/1.1"]),
+        line(b"PUT /status HTTP/1.1\r\nContent-Length: 5") + b"GET /",
+    ],
+    (409, GOES_ON): [line(b"GET /job/%ff HTTP/1.1"), line(b"GET /job/%ed%a0%80 HTTP/1.1"), POST + b"\r\n"],
+    (413, NOW_CLOSED): [
+        *map(length, [b"99999999999", b"9" * 400]), chunked(b"fffffffffffffff\r\n"),
+        length(b"99999999999").replace(b"Host", b"Expect: 100-continue\r\nHost"),
+    ],
+    (414, NOW_CLOSED): [line(b"GET /" + b"a" * 9000 + b" HTTP/1.1"), b"GET /" + b"a" * 9000],
+    (417, NOW_CLOSED): [length(SIZE).replace(b"Host", b"Expect: 200-ok\r\nHost")],
+    (431, NOW_CLOSED): [
+        field(b"\r\n".join([b"X: 1"] * 100)), field(b"X: " + b"a" * 70_000),
+        b"GET /status HTTP/1.1\r\nX: " + b"a" * 70_000,
+    ],
+    (505, NOW_CLOSED): [
+        line(b"GET /status HTTP/2.0"), line(b"GET /status HTTP/0.9"), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+}
+RAW_CASES = [(data, *wanted) for wanted, requests in RAW_REQUESTS.items() for data in requests]
 
 
 @pytest.fixture(scope="class")
 def wire(tmp_path_factory):
     """A running service that a class of tests shares, with short times."""
-    running = RunningService(
-        tmp_path_factory.mktemp("wire") / "jobs.db",
-        example_registry(),
-        HEADER_SECONDS=2,
-        BODY_SECONDS=2,
-        IDLE_SECONDS=5,
-    )
+    path = tmp_path_factory.mktemp("wire") / "jobs.db"
+    running = RunningService(path, example_registry(), HEADER_SECONDS=2, BODY_SECONDS=2, IDLE_SECONDS=5)
     yield running
     running.stop()
 
 
+def connect(url, data=b""):
+    parts = urllib.parse.urlsplit(url)
+    connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS)
+    connection.sendall(data)
+    return connection
+
+
 def read_answer(connection, buffer, has_body=True):
-    """Read one answer with a Content-Length from a socket; return status, headers (bytes), body; None at its end."""
+    """Read one answer with a Content-Length from a socket; return status and body; None at its end."""
     while b"\r\n\r\n" not in buffer:
         part = connection.recv(65536)
         if not part:
@@ -3993,131 +3377,83 @@ def read_answer(connection, buffer, has_body=True):
         buffer += connection.recv(65536)
     body = bytes(buffer[:size])
     del buffer[:size]
-    return int(head[9:12]), head, body
+    return int(head[9:12]), body
+
+
+def read_to_end(connection):
+    return b"".join(iter(lambda: connection.recv(65_536), b""))
 
 
 class TestWire:
     """Raw bytes: what is answered, and whether the connection goes on."""
 
-    @pytest.mark.parametrize("data, status, goes_on", RAW_REQUESTS, ids=[str(row[0][:60]) for row in RAW_REQUESTS])
+    @pytest.mark.parametrize("data, status, goes_on", RAW_CASES, ids=[str(case[0][:60]) for case in RAW_CASES])
     def test_a_raw_request_is_answered_as_it_should_be(self, wire, data, status, goes_on):
-        parts = urllib.parse.urlsplit(wire.server.url)
-        buffer = bytearray()
-        with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS) as connection:
-            connection.sendall(data)
-            is_head = data.startswith(b"HEAD")
-            answer = read_answer(connection, buffer, has_body=not is_head)
+        buffer, has_body = bytearray(), not data.startswith(b"HEAD") and status != 204
+        with connect(wire.server.url, data) as connection:
+            answer = read_answer(connection, buffer, has_body)
             assert answer is not None and answer[0] == status
-            if not is_head and status != 204:
-                value = json.loads(answer[2].decode("utf-8"))
-                assert (status < 400) or isinstance(value["error"], str)
+            assert not has_body or status < 400 or isinstance(json.loads(answer[1].decode())["error"], str)
+            following = None
             with contextlib.suppress(ConnectionError):
                 connection.sendall(b"GET /user HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
                 following = read_answer(connection, buffer)
-                assert (following is not None) == goes_on
-                assert not goes_on or json.loads(following[2].decode("utf-8"))["name"] == "Anonymous"
-                return
-            assert not goes_on
+            assert (following is not None) == goes_on
+            assert not goes_on or json.loads(following[1].decode())["name"] == "Anonymous"
 
-    def test_there_are_enough_cases(self):
-        assert len(RAW_REQUESTS) >= 150
-
-    def test_pipelined_requests_are_answered_in_order(self, wire):
-        answers = raw_exchange(
-            wire.server.url,
-            length(SIZE) * 3 + field(b"X: 1") + b"GET /nothing HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
-        )
-        assert re.findall(rb"HTTP/1.1 (\d+) ", answers) == [b"200", b"200", b"200", b"200", b"404"]
-
-    def test_a_head_like_the_one_before_is_not_parsed_again_and_its_request_is_answered_for_itself(
-        self, wire, monkeypatch
-    ):
-        parse, parsed = csp.parse_head, []
-        monkeypatch.setattr(csp, "parse_head", lambda raw, limits: (parsed.append(raw), parse(raw, limits))[1])
-
-        def request(path, more=b"", body=b""):
-            framing = b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body) if body else b""
-            return b"%s HTTP/1.1\r\nHost: a\r\n%b%b\r\n%b" % (path, framing, more, body)
-
-        status, unknown = request(b"GET /status"), request(b"GET /nothing")
-        bodies = [b'{"job_type": "%s", "api_key": "k"}' % kind for kind in (b"wrong1", b"wrong2")]
-        first, second = (request(b"POST /job", body=body) for body in bodies)
-        long = request(b"GET /status", b"X: " + b"x" * csp.KEPT_HEAD_BYTES + b"\r\n")
-        last = request(b"GET /nothing", b"Connection: close\r\n")
-        answers = raw_exchange(
-            wire.server.url, status * 2 + unknown + status + first + second + long * 2 + unknown * 2 + last
-        )
-        statuses = [int(text) for text in re.findall(rb"HTTP/1.1 (\d+) ", answers)]
-        assert statuses == [200, 200, 404, 200, 409, 409, 200, 200, 404, 404, 404]
-        assert [name in answers for name in (b"wrong1 not", b"wrong2 not")] == [True, True]
-        wanted = [status, unknown, status, first, long, long, unknown, last]
-        assert parsed == [data.partition(b"\r\n\r\n")[0] for data in wanted]
+    def test_pipelined_requests_are_answered_in_order_and_each_for_itself(self, wire):
+        """Although a head that is repeated is not parsed again."""
+        bodies = [b'{"job_type": "%s", "api_key": "k"}' % job_type for job_type in (b"wrong1", b"wrong2")]
+        posts = [POST + b"Content-Length: %d\r\n\r\n" % len(body) + body for body in bodies]
+        status, unknown, long = field(b"X: 1"), line(b"GET /nothing HTTP/1.1"), field(b"X: " + b"x" * 5000)
+        requests = [length(SIZE), length(SIZE), status, status, unknown, status, *posts, long, long, unknown,
+                    field(b"Connection: close")]
+        answers = raw_exchange(wire.server.url, b"".join(requests))
+        assert [int(text) for text in re.findall(rb"HTTP/1.1 (\d+) ", answers)] == [
+            200, 200, 200, 200, 404, 200, 409, 409, 200, 200, 404, 200]
+        assert answers.index(b"wrong1 not") < answers.index(b"wrong2 not")
 
     def test_100_continue_is_sent_once_and_only_when_the_body_is_awaited(self, wire):
-        parts = urllib.parse.urlsplit(wire.server.url)
         head, _, body = length(SIZE).partition(b"\r\n\r\n")
         head += b"\r\nExpect: 100-continue\r\n\r\n"
-        with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS) as connection:
-            connection.sendall(head)
+        with connect(wire.server.url, head) as connection:
             assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
             connection.sendall(body)
             assert read_answer(connection, bytearray())[0] == 200
             connection.sendall(head + body)
             assert read_answer(connection, bytearray())[0] == 200
 
-    def test_4000_mutated_requests_leave_the_service_well(self, wire, caplog):
+    def test_3000_mutated_requests_leave_the_service_well(self, wire):
         chance = random.Random(20261123)
-        seeds = [data for data, _, _ in RAW_REQUESTS if len(data) < 600]
-        logging.getLogger("csp").propagate = True
-        parts = urllib.parse.urlsplit(wire.server.url)
+        seeds = [case[0] for case in RAW_CASES if len(case[0]) < 600]
         statuses = set()
 
         def mutate():
             data = bytearray(chance.choice(seeds))
             for _ in range(chance.randint(1, 4)):
-                place = chance.randrange(len(data) + 1)
-                kind = chance.randrange(4)
-                if kind == 0:
-                    data[place : place + chance.randint(1, 5)] = b""
-                elif kind == 1:
-                    data[place:place] = bytes([chance.randrange(256)])
-                elif kind == 2:
-                    data[place:place] = chance.choice([b"\r\n", b"\n", b"\x00", b":", b" ", b"\r\n\r\n", b"chunked"])
-                else:
-                    other = chance.choice(seeds)
-                    data[place:] = other[chance.randrange(len(other) + 1) :]
+                place, other = chance.randrange(len(data) + 1), chance.choice(seeds)
+                data[place:] = chance.choice([
+                    data[place + chance.randint(1, 5) :], bytes([chance.randrange(256)]) + data[place:],
+                    chance.choice([b"\r\n", b"\n", b"\x00", b":", b" ", b"\r\n\r\n", b"chunked"]) + data[place:],
+                    other[chance.randrange(len(other) + 1) :]])
             return bytes(data)
 
-        def exchange(requests):
-            for request in requests:
-                with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS) as connection:
+        def exchange(part):
+            for request in mutated[part::4]:
+                with contextlib.suppress(ConnectionError), connect(wire.server.url, request) as connection:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # no TIME_WAIT
-                    received = b""
-                    with contextlib.suppress(ConnectionError):
-                        connection.sendall(request)
-                        connection.shutdown(socket.SHUT_WR)
-                        while True:
-                            part = connection.recv(65536)
-                            if not part:
-                                break
-                            received += part
-                    statuses.update(re.findall(rb"HTTP/1.1 (\d+) ", received))
+                    connection.shutdown(socket.SHUT_WR)
+                    statuses.update(re.findall(rb"HTTP/1.1 (\d+) ", read_to_end(connection)))
 
-        mutated = [mutate() for _ in range(4_000)]
-        with caplog.at_level(logging.ERROR, "csp"):
-            threads = [threading.Thread(target=exchange, args=(mutated[part::4],)) for part in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        assert statuses and b"500" not in statuses
-        assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+        mutated = [mutate() for _ in range(3_000)]
+        in_threads(4, exchange)
+        assert len(statuses) >= 8 and b"500" not in statuses
         assert wire.client.get("/status").status == 200
 
 
-def memory_kilobytes(pid):
-    """Return the resident memory of a process (Linux)."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+def memory_kilobytes(pid, line="VmRSS"):
+    """Return the resident memory of a process (Linux); ``VmHWM`` is the most that it ever had."""
+    return int(re.search(line + r":\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
 
 
 def thread_count(pid):
@@ -4127,171 +3463,128 @@ def thread_count(pid):
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 ECHO_MODULE = """
-    import csp.job as job
+    import logging, resource
+    import csp
+    import csp.job as job, csp.util as util
+
+    csp.SPARE_THREAD_SECONDS = 0.5
 
     @job.synchronous
     def echo(task_id, input):
         return input.get("data")
+
+    @job.synchronous
+    def talk(task_id, input):
+        logger = logging.getLogger(task_id)
+        logger.addHandler(util.StoringHandler(task_id, input))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for number in range(1200):
+            logger.warning("%d" + "x" * 60_000, number)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     """
 
 
-@pytest.fixture
-def many_files():
-    """Let this process open 4,000 files for the time of a test."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    hard = before[1]
-    if hard != resource.RLIM_INFINITY and hard < 4000:
-        pytest.skip("the system allows too few open files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (4000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-def open_connections(url, count, data=b""):
-    parts = urllib.parse.urlsplit(url)
-    connections = []
-    for _ in range(count):
-        connection = socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE_SECONDS)
-        connection.sendall(data)
-        connections.append(connection)
-    return connections
-
-
-def is_closed(connection):
-    """Return whether the other side has closed, reading what is there."""
-    connection.setblocking(False)
-    try:
-        return connection.recv(65536) == b"" or is_closed(connection)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+@contextlib.contextmanager
+def connections(url, *count_and_data):
+    """Open connections and send data on each: ``connections(url, (50, b"GET"), (10, b""))``."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(connect(url, data)) for count, data in count_and_data for _ in range(count)]
 
 
 def lambda_named(name, function):
     """Return the function under another name, as a job type's."""
-
-    def named(task_id, input):
-        return function(task_id, input)
-
-    named.__name__ = named.__qualname__ = name
-    return named
+    function.__name__ = function.__qualname__ = name
+    return function
 
 
 class TestStrangers:
     """Clients that mean no good: none of them may cost the others more than a moment."""
 
     @linux_only
-    def test_half_open_and_idle_connections_delay_nobody_and_are_gone_in_time(self, launch, many_files):
-        server = launch(
-            ECHO_MODULE,
-            environ={
-                "CSP_HEADER_SECONDS": "1",
-                "CSP_BODY_SECONDS": "1",
-                "CSP_IDLE_SECONDS": "1",
-                "CSP_MAX_CONNECTIONS_PER_ADDRESS": "1000",
-            },
-        )
+    def test_half_open_and_idle_connections_delay_nobody_and_are_gone_in_time(self, launch):
+        short = {f"CSP_{name}_SECONDS": "1" for name in ("HEADER", "BODY", "IDLE")}
+        server = launch(ECHO_MODULE, environ={**short, "CSP_MAX_CONNECTIONS_PER_ADDRESS": "1000"})
         assert server.client.get("/status").status == 200
         threads, memory = thread_count(server.process.pid), memory_kilobytes(server.process.pid)
-        head = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
-        strangers = (
-            open_connections(server.url, 50, head)
-            + open_connections(server.url, 50, head + b"\r\n{")
-            + open_connections(server.url, 150)
-        )
-        for _ in range(20):
-            started = time.monotonic()
-            assert server.client.get("/status").status == 200
-            assert time.monotonic() - started < 1.0
-        eventually(lambda: all(map(is_closed, strangers)), 15.0)
-        for connection in strangers:
-            connection.close()
-        eventually(lambda: thread_count(server.process.pid) <= threads + 2)
+        head = POST + b"Content-Length: 1000\r\n"
+        with connections(server.url, (50, head), (50, head + b"\r\n{"), (150, b"")):
+            began = time.monotonic()
+            for _ in range(20):
+                assert server.client.get("/status").status == 200
+            assert time.monotonic() - began < 2.0
+            eventually(lambda: thread_count(server.process.pid) <= threads + 2, 15.0)
         assert memory_kilobytes(server.process.pid) < memory + 60_000
 
-    @linux_only
     def test_dripping_bytes_do_not_prolong_the_time_for_a_head(self, start):
         running = start(HEADER_SECONDS=1)
-        connection = open_connections(running.server.url, 1, b"GET / HTTP/1.1\r\n")[0]
-        started = time.monotonic()
-
-        def drip():
-            with contextlib.suppress(OSError):
-                connection.send(b"X")
-            return is_closed(connection)
-
-        eventually(drip, 10.0)
-        assert time.monotonic() - started < 5.0
-        connection.close()
-
-    def test_when_all_places_are_taken_by_idle_connections_a_new_one_gets_in(self, start):
-        running = start(MAX_CONNECTIONS=10)
-        idle = open_connections(running.server.url, 30)
-        for _ in range(5):
-            assert running.client.get("/status").status == 200
-        for connection in idle:
-            connection.close()
-
-    def test_one_address_cannot_take_all_places(self, start):
-        running = start(MAX_CONNECTIONS=50, MAX_CONNECTIONS_PER_ADDRESS=5)
-        busy = open_connections(running.server.url, 5, b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
-        eventually(
-            lambda: (
-                not any(handler.is_idle for handler in list(running.server.handlers))
-                and len(running.server.handlers) == 5
-            )
-        )
-        answer = raw_exchange(running.server.url, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
-        assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in answer
-        for connection in busy:
-            connection.close()
-        eventually(lambda: not running.server.handlers)
-        assert running.client.get("/status").status == 200
-
-    @pytest.mark.parametrize("reads", [0, 1000], ids=["not at all", "a little all the time"])
-    def test_a_client_that_reads_its_answer_too_slowly_is_left(self, start, reads):
-        registry = csp.Registry()
-        registry.synchronous(lambda_named("large", lambda task_id, input: "x" * 30_000_000))
-        running = start(registry, SEND_SECONDS=1, BODY_BYTES_PER_SECOND=100_000_000)
-        running.client.submit("large", job_id="large")
-        request = b"GET /job/large HTTP/1.1\r\nHost: a\r\nAuthorization: %b\r\n\r\n" % SECURE_KEY.encode()
-        with contextlib.closing(open_connections(running.server.url, 1, request)[0]) as connection:
+        with connect(running.server.url, b"GET / HTTP/1.1\r\n") as connection:
             eventually(lambda: running.server.handlers)
 
             def is_left():
-                if reads:
-                    connection.recv(reads)
+                with contextlib.suppress(OSError):
+                    connection.send(b"X")
                 return not running.server.handlers
 
-            eventually(is_left, 10.0)
+            eventually(is_left, 5.0)
+
+    def test_when_all_places_are_taken_by_idle_connections_a_new_one_gets_in(self, start):
+        running = start(MAX_CONNECTIONS=10)
+        with connections(running.server.url, (30, b"")):
+            for _ in range(5):
+                assert running.client.get("/status").status == 200
+
+    def test_one_address_cannot_take_all_places(self, start):
+        running = start(MAX_CONNECTIONS=50, MAX_CONNECTIONS_PER_ADDRESS=5)
+        with connections(running.server.url, (5, POST + b"Content-Length: 9\r\n\r\n")):
+            answer = eventually(lambda: raw_exchange(running.server.url, line(b"GET / HTTP/1.1"), 1.0))
+            assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: " in answer
+        eventually(lambda: not running.server.handlers)
+        assert running.client.get("/status").status == 200
+
+    def test_clients_that_do_not_read_their_answer_or_read_it_too_slowly_are_left(self, start):
+        registry = csp.Registry()
+        registry.synchronous(named("large", lambda task_id, input: "x" * 30_000_000))
+        running = start(registry, SEND_SECONDS=1, BODY_BYTES_PER_SECOND=100_000_000)
+        running.client.submit("large", job_id="large")
+        request = b"GET /job/large HTTP/1.1\r\nHost: a\r\nAuthorization: %b\r\n\r\n" % SECURE_KEY.encode()
+        with connections(running.server.url, (2, request)) as (slow, _):
+            eventually(lambda: len(running.server.handlers) == 2)
+            eventually(lambda: not slow.recv(1000) or not running.server.handlers, 10.0)
 
     @linux_only
     def test_a_body_too_large_is_refused_by_its_declared_length_and_costs_no_memory(self, launch):
         server = launch(ECHO_MODULE, environ={"CSP_MAX_BODY_BYTES": "1000000"})
         assert server.client.get("/status").status == 200
         memory = memory_kilobytes(server.process.pid)
-        head = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-        answer = raw_exchange(server.url, head + b"Content-Length: 10000000000\r\n\r\n{")
+        answer = raw_exchange(server.url, POST + b"Content-Length: 10000000000\r\n\r\n{")
         assert answer.startswith(b"HTTP/1.1 413 ") and b"Connection: close" in answer
-        connection = open_connections(server.url, 1, head + b"Content-Length: 100000000\r\n\r\n")[0]
-        sent = self._send_until_refused(connection, b"x" * 65536)
-        assert sent < 50_000_000
-        connection = open_connections(server.url, 1, head + b"Transfer-Encoding: chunked\r\n\r\n")[0]
-        sent = self._send_until_refused(connection, b"10000\r\n" + b"x" * 65536 + b"\r\n")
-        assert sent < 50_000_000
+        for framing, piece in ((b"Content-Length: 100000000", b"x" * 65536),
+                               (b"Transfer-Encoding: chunked", b"10000\r\n" + b"x" * 65536 + b"\r\n")):
+            sent = 0
+            with contextlib.suppress(OSError), connect(server.url, POST + framing + b"\r\n\r\n") as connection:
+                while sent < 100_000_000:
+                    connection.sendall(piece)
+                    sent += len(piece)
+            assert sent < 50_000_000
         assert memory_kilobytes(server.process.pid) < memory + 10_000
         assert server.client.submit("echo", 1)["data"] == 1
 
-    @staticmethod
-    def _send_until_refused(connection, piece, limit=100_000_000):
-        sent = 0
-        with contextlib.suppress(OSError):
-            while sent < limit:
-                connection.sendall(piece)
-                sent += len(piece)
-        connection.close()
-        return sent
+    @linux_only
+    def test_a_large_job_leaves_no_memory_behind_and_is_held_five_times_at_most(self, launch):
+        server = launch(ECHO_MODULE, environ={"CSP_MAX_BODY_BYTES": "100000000"})
+        client, pid, size = server.client, server.process.pid, 40_000
+        client.submit("echo", "x")
+        memory = memory_kilobytes(pid)
+        job = client.submit("echo", "x" * size * 1024)
+        assert client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == b"x" * size * 1024
+        assert memory_kilobytes(pid, "VmHWM") - memory < 5 * size
+        assert client.show(job)["sent_data"] == "x" * size * 1024
+        eventually(lambda: memory_kilobytes(pid) < memory + size // 2)
+
+    @linux_only
+    def test_long_lines_are_not_collected_in_memory(self, launch):
+        job = launch(ECHO_MODULE).client.submit("talk")
+        assert job["data"] < 40_000 and [line["message"][:4] for line in job["logs"][1000:1002]] == ["1000", "1001"]
 
 
 class TestGuessing:
@@ -4388,9 +3681,8 @@ class TestGuessing:
         assert len(throttle._failures) == csp.MAX_THROTTLED
 
     @pytest.mark.parametrize("name, value, is_warned", [
-        ("PASSWORD", "pass", True), ("PASSWORD", "please_replace_me", True),
-        ("SECRET_KEY", "please_replace_me", True), ("SECRET_KEY", "s3cr3t", True),
-        ("PASSWORD", "correct horse battery staple", False),
+        ("PASSWORD", "pass", True), ("PASSWORD", "please_replace_me", True), ("SECRET_KEY", "please_replace_me", True),
+        ("SECRET_KEY", "s3cr3t", True), ("PASSWORD", "correct horse battery staple", False),
     ])
     def test_a_guessable_secret_is_warned_about_at_the_start(self, start, caplog, name, value, is_warned):
         logging.getLogger("csp").propagate = True
@@ -4463,12 +3755,8 @@ class TestCallbackHosts:
     """CALLBACK_HOSTS: where callbacks may go."""
 
     @pytest.mark.parametrize("allowed, host, addresses, reached", [
-        ((), "anywhere", ["127.0.0.1"], True),
-        (("public",), "innocent.example", ["127.0.0.1"], False),
-        (
-            ("public",), "innocent.example", ["10.0.0.1", "192.168.0.1", "169.254.169.254", "::1", "fe80::1%lo"],
-            False,
-        ),
+        ((), "anywhere", ["127.0.0.1"], True), (("public",), "innocent.example", ["127.0.0.1"], False),
+        (("public",), "innocent.example", ["10.0.0.1", "192.168.0.1", "169.254.169.254", "::1", "fe80::1%lo"], False),
         (("public",), "innocent.example", ["::ffff:127.0.0.1"], False),
         (("127.0.0.0/8",), "innocent.example", ["127.0.0.1"], True),
         (("innocent.example",), "INNOCENT.example", ["127.0.0.1"], True),
@@ -4785,8 +4073,8 @@ class TestDecide:
         fields, options = SITUATIONS[situation]
         types = {"name": "work", "function": None, "synchronous": False, "timeout": None, "retries": 0,
                  "at_most_once": False, "memory_limit": None}
-        empty = {**dict.fromkeys(csp.Job._fields), "status": "pending", "attempts": 4, "crashes": 0, "failures": 0,
-                 "cancelled": 0, "synchronous": 0}
+        empty = {**dict.fromkeys(csp.Job._fields), "status": "pending", "attempts": 4,
+                 **dict.fromkeys(("crashes", "failures", "cancelled", "synchronous"), 0)}
         ending = csp.Ending(getattr(csp, kind.upper(), csp.ENDED), OUTCOMES.get(kind), "Why.")
         job = csp.Job(**{**empty, **fields})
         return job, csp.decide(job, None if options is None else csp.JobType(**{**types, **options}), ending, now)
@@ -4794,28 +4082,24 @@ class TestDecide:
     @pytest.mark.parametrize("kind, situation, answer", CASES, ids=[f"{kind}-{where}" for kind, where, _ in CASES])
     def test_each_ending_has_its_decision(self, kind, situation, answer):
         job, decision = self.decide(kind, situation)
-        crash = (job.crashes + 1, job.failures)
-        if answer == "own":
-            assert decision == csp.Finish(OUTCOMES[kind])
-        elif answer in ("reason", "cancelled"):
+        crash, pause = (job.crashes + 1, job.failures), csp.BACKOFF_SECONDS[0]
+        if answer in ("reason", "cancelled"):
             assert decision.outcome.error == csp.failure("Why." if answer == "reason" else "cancelled").error
-        elif answer == "once":
-            assert decision == csp.Finish(csp.failure("Why. It is not of a kind that is run again."))
-        elif answer == "last":
-            assert decision == csp.Finish(csp.failure("Why. That was attempt 3 of 3, so it is not run again."))
-        elif answer == "soon":
-            assert decision == csp.Requeue(1000.0 + csp.BACKOFF_SECONDS[0], job.crashes, job.failures, "Why.")
-        elif answer == "later":
-            assert decision == csp.Requeue(1000.0 + csp.BACKOFF_SECONDS[0] * 2**job.crashes, *crash, "Why.")
-        elif answer == "first":
-            assert decision == csp.Requeue(csp.AFTER_CRASH, *crash, "Why.")
-        elif answer == "stopped":
-            assert decision == csp.Requeue(csp.AFTER_STOP, job.crashes, job.failures, "")
-        else:
-            assert (answer, decision.crashes, decision.failures) == ("retry", job.crashes, job.failures + 1)
+        elif answer == "retry":
+            assert (decision.crashes, decision.failures) == (job.crashes, job.failures + 1)
             assert re.fullmatch(r"Attempt 4 failed \((no|Why\.)\); the next is in \d+\.\d seconds\.", decision.message)
+        else:
+            assert decision == {
+                "own": csp.Finish(OUTCOMES.get(kind)),
+                "once": csp.Finish(csp.failure("Why. It is not of a kind that is run again.")),
+                "last": csp.Finish(csp.failure("Why. That was attempt 3 of 3, so it is not run again.")),
+                "soon": csp.Requeue(1000.0 + pause, job.crashes, job.failures, "Why."),
+                "later": csp.Requeue(1000.0 + pause * 2**job.crashes, *crash, "Why."),
+                "first": csp.Requeue(csp.AFTER_CRASH, *crash, "Why."),
+                "stopped": csp.Requeue(csp.AFTER_STOP, job.crashes, job.failures, ""),
+            }[answer]
 
-    def test_every_ending_and_situation_is_in_the_table(self):
+    def test_every_ending_is_in_the_table(self):
         kinds = {kind.replace("_", " ") for kind, _, _ in CASES}
         assert len(CASES) == 100 and kinds - set(OUTCOMES) | {"ended"} == {
             csp.ENDED, csp.TIMED_OUT, csp.NOT_STARTED, csp.DIED, csp.LOST, csp.CRASHED, csp.STOPPED, csp.CANCELLED}
@@ -4828,7 +4112,7 @@ class TestDecide:
 
 
 CRASH_MODULE = """
-    import os, threading, time
+    import os, threading
     import csp.job as job
 
     @job.asynchronous
@@ -4852,17 +4136,14 @@ class TestCrash:
     """Real processes, killed."""
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
-    def test_every_acknowledged_job_ends_with_its_callback_however_often_the_server_stops(
-        self, launch, receiver, number
-    ):
+    def test_every_acknowledged_job_ends_once_with_its_callback_though_the_server_stops(self, launch, receiver, number):
         receiver.answers = lambda count: (500 if count < 30 and count % 3 == 0 else 200, {})
         port, stop, acknowledged, refused, ended = free_port(), threading.Event(), {}, [], {}
 
         def submit(part):
-            client, count = Client(f"http://127.0.0.1:{port}/"), 0
+            client, numbers = Client(f"http://127.0.0.1:{port}/"), itertools.count()
             while not stop.is_set():
-                count += 1
-                body = {"job_type": "work", "api_key": "k", "data": [part, count], "result_url": receiver.url}
+                body = {"job_type": "work", "api_key": "k", "data": [part, next(numbers)], "result_url": receiver.url}
                 try:
                     answer = client.post("/job", body)
                 except (OSError, http.client.HTTPException):
@@ -4873,25 +4154,21 @@ class TestCrash:
                 else:
                     refused.append((answer.status, answer.body))
 
-        threads = [threading.Thread(target=submit, args=(part,)) for part in range(4)]
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in range(3):
-                server, before = launch(CRASH_MODULE, "--port", port), len(acknowledged)
-                eventually(lambda before=before: len(acknowledged) > before + 60)
-                for job_id in list(acknowledged)[:30]:
-                    job = server.client.get("/job/" + job_id, key=acknowledged[job_id][0]).json
-                    if job["status"] != "pending":
-                        ended[job_id] = (job["data"], job["finished_timestamp"])
-                if number == signal.SIGKILL:
-                    server.kill()
-                else:
-                    assert server.terminate() == 0
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            futures = [pool.submit(submit, part) for part in range(4)]
+            try:
+                for _ in range(3):
+                    server, before = launch(CRASH_MODULE, "--port", port), len(acknowledged)
+                    eventually(lambda before=before: len(acknowledged) > before + 30)
+                    for job_id in list(acknowledged)[:20]:
+                        job = server.client.get("/job/" + job_id, key=acknowledged[job_id][0]).json
+                        if job["status"] != "pending":
+                            ended[job_id] = (job["data"], job["finished_timestamp"])
+                    server.process.send_signal(number)
+                    assert server.process.wait(PATIENCE_SECONDS) == (0 if number == signal.SIGTERM else -number)
+            finally:
+                stop.set()
+        assert [future.result() for future in futures] == [None] * 4 and refused == []
         client = launch(CRASH_MODULE, "--port", port).client
         eventually(lambda: client.get("/status").json["stats"]["pending"] == 0)
         eventually(lambda: set(acknowledged) <= {body["job_id"] for _, body in list(receiver.received)})
@@ -4899,7 +4176,7 @@ class TestCrash:
             job = client.get("/job/" + job_id, key=job_key).json
             assert (job["status"], job["data"]) == ("complete", data)
             assert ended.get(job_id, (data, job["finished_timestamp"])) == (data, job["finished_timestamp"])
-        assert len(acknowledged) > 180 and ended and not refused
+        assert len(acknowledged) > 90 and ended
 
     def test_a_job_that_kills_the_process_is_tried_three_times_and_the_others_run(self, launch, receiver, tmp_path):
         server = launch(CRASH_MODULE, "--workers", 2)
@@ -4911,8 +4188,8 @@ class TestCrash:
             again = run_command("--jobs", "my_jobs", "--db", "jobs.db", "--port", 0, cwd=tmp_path)
             assert again.returncode == 3
         client = launch(CRASH_MODULE, "--workers", 2).client
-        ended = eventually(lambda: client.get("/job/fatal", key=SECURE_KEY).json)
-        assert (ended["status"], ended["attempts"]) == ("error", 3) and "attempt 3 of 3" in ended["error"]["message"]
+        job = client.get("/job/fatal", key=SECURE_KEY).json
+        assert (job["status"], job["attempts"]) == ("error", 3) and "attempt 3 of 3" in job["error"]["message"]
         assert [client.finish(job)["data"] for job in others] == list(range(20))
         assert receiver.wait()[0][1]["status"] == "error"
 
@@ -4925,28 +4202,12 @@ class TestCrash:
         shown = launch(CRASH_MODULE).client.finish(job)
         assert (shown["status"], shown["attempts"], shown["data"]) == ("complete", 2, "done")
 
-    def test_a_job_that_closes_stdout_and_stderr_leaves_the_service_well(self, launch):
+    def test_a_job_that_uses_up_the_descriptors_or_closes_stdout_leaves_the_service_well(self, launch):
         server = launch("""
-            import sys
+            import os, resource, sys, threading
             import csp.job as job
 
             @job.asynchronous
-            def closes_what_it_can(task_id, input):
-                sys.stdout.close()
-                sys.stderr.close()
-            """)
-        for _ in range(3):
-            server.client.finish(server.client.submit("closes_what_it_can"))
-        for _ in range(50):
-            assert server.client.get("/status").status == 200
-        assert server.terminate() == 0
-
-    def test_a_job_that_uses_up_the_descriptors_is_tried_again_and_told_why(self, launch):
-        server = launch("""
-            import os, resource, threading
-            import csp.job as job
-
-            @job.asynchronous(retries=1)
             def leak(task_id, input):
                 kept = []
                 resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -4955,10 +4216,16 @@ class TestCrash:
                         kept.append(os.open(os.devnull, os.O_RDONLY))
                 finally:
                     threading.Timer(0.3, lambda: [os.close(one) for one in kept]).start()
+
+            @job.asynchronous
+            def close(task_id, input):
+                sys.stdout.close()
+                sys.stderr.close()
             """)
         job = server.client.finish(server.client.submit("leak"))
-        assert (job["status"], job["attempts"]) == ("error", 2)
         assert "Too many open files" in job["error"]["message"] and "in leak" in job["error"]["traceback"]
+        for _ in range(3):
+            assert server.client.finish(server.client.submit("close"))["attempts"] == 1
         assert server.terminate() == 0
 
     def test_a_second_signal_ends_at_once(self, launch):
@@ -4980,49 +4247,37 @@ class TestSickDisk:
 
     def test_a_lock_of_another_program_is_answered_503_and_forgotten(self, start, caplog):
         logging.getLogger("csp").propagate = True
-        registry, gate, seen = controlled_registry()
+        registry, events = example_registry(), {"locked": threading.Event(), "later": threading.Event()}
+
+        @registry.asynchronous
+        def work(task_id, input):
+            logger = logger_of(task_id, input)
+            logger.warning("before")
+            events["locked"].wait(PATIENCE_SECONDS)
+            logger.warning("meanwhile")
+            events[input["data"]].wait(PATIENCE_SECONDS)
+            return "result"
+
         running = start(registry)
-        client, job = running.client, running.client.submit("wait", "result")
-        eventually(lambda: seen)
+        client, jobs = running.client, [running.client.submit("work", name) for name in events]
+        eventually(lambda: [messages(client.show(job)) for job in jobs] == [["before"]] * 2)
         with opened(running.path) as other:
             other.execute("BEGIN IMMEDIATE")
-            gate.set()
-            for job_type in ("echo", "wait", "echo"):
+            events["locked"].set()
+            for job_type in ("echo", "work", "echo"):
                 answer = client.post("/job", {"job_type": job_type, "api_key": "k", "data": "x"})
                 assert answer.status == 503 and answer.headers["Retry-After"] and "database" in answer.error
-            assert client.show(job)["status"] == "pending" and client.get("/job").status == 200
-            assert client.delete("/job/" + job["job_id"], key=job["job_key"]).status == 503
+            assert client.show(jobs[0])["status"] == "pending" and client.get("/job").status == 200
+            assert client.delete("/job/" + jobs[0]["job_id"], key=jobs[0]["job_key"]).status == 503
             other.execute("ROLLBACK")
-        assert client.finish(job)["data"] == "result"
+        eventually(lambda: [messages(client.show(job)) for job in jobs] == [["before", "meanwhile"]] * 2)
+        assert client.show(jobs[1])["status"] == "pending"
+        events["later"].set()
+        assert [client.finish(job)["data"] for job in jobs] == ["result"] * 2
         assert client.submit("echo", "hi")["status"] == "complete"
         own = [record.getMessage() for record in caplog.records if record.threadName == "csp-writer"]
         assert len([message for message in own if "cannot be written" in message]) == 1
         assert [message for message in own if "can be written again" in message]
-        assert client.get("/status").json["stats"]["pending"] == 0
-
-    def test_the_log_of_a_running_job_that_was_refused_is_written_when_it_can_be(self, start):
-        go, end = threading.Event(), threading.Event()
-
-        def work(task_id, input):
-            logger = logger_of(task_id, input)
-            logger.warning("before")
-            go.wait(PATIENCE_SECONDS)
-            for line in ("mean", "while"):
-                logger.warning(line)
-            end.wait(PATIENCE_SECONDS)
-
-        running = start(registry_of(work))
-        client, job = running.client, running.client.submit("work")
-        eventually(lambda: messages(client.show(job)) == ["before"])
-        with opened(running.path) as other:
-            other.execute("BEGIN IMMEDIATE")
-            go.set()
-            eventually(lambda: client.post("/job", {"job_type": "work", "api_key": "k"}).status == 503)
-            other.execute("ROLLBACK")
-        eventually(lambda: messages(client.show(job)) == ["before", "mean", "while"])
-        assert client.show(job)["status"] == "pending"
-        end.set()
-        assert messages(client.finish(job)) == ["before", "mean", "while"]
 
     @linux_only
     def test_a_full_disk_is_answered_503_and_no_acknowledged_job_is_lost(self, launch, tmp_path):
@@ -5032,13 +4287,13 @@ class TestSickDisk:
         resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         body = {"job_type": "work", "api_key": "k", "data": "x" * 20_000}
 
-        def is_full():
+        def refusal():
             answer = client.post("/job", body)
-            if answer.status == 200:
-                jobs.append(answer.json)
-            return answer.status != 200 and answer
+            if answer.status != 200:
+                return answer
+            jobs.append(answer.json)
 
-        answer = eventually(is_full)
+        answer = eventually(refusal)
         assert answer.status == 503 and answer.headers["Retry-After"] and "database" in answer.error
         assert client.get("/status").status == 200 and client.get("/job").json["list"]
         assert client.show(jobs[0])["job_id"] == jobs[0]["job_id"]
@@ -5607,38 +4862,10 @@ class TestEngines:
         assert (data["task_id"], data["name"], data["mine"]) == (job["job_id"], "engines", "my own")
         assert (data["pid"] == engines(engine).process.pid) == (engine == "thread")
 
-    @pytest.mark.parametrize(
-        "job_type, message, has_traceback",
-        [
-            ("verdict", "no", False),
-            ("broken", "ValueError: serious exception", True),
-            ("two_arguments", "TwoArguments: (1, 2)", True),
-            ("leave", "SystemExit: 3", True),
-            ("no_json", "The result of the job is not JSON: Object of type object is not JSON serializable", False),
-        ],
-    )
-    def test_an_error(self, engines, engine, job_type, message, has_traceback):
+    def test_log_lines_come_in_order_and_once(self, engines, engine):
         client = engines(engine).client
-        job = client.finish(client.submit(job_type))
-        assert (job["status"], job["error"]["message"], job["attempts"]) == ("error", message, 1)
-        assert ("traceback" in job["error"]) == has_traceback
-
-    def test_bytes_and_a_stream(self, engines, engine):
-        client = engines(engine).client
-        job = client.finish(client.submit("binary"))
-        assert base64.b64decode(job["data"]["base64"]) == bytes(range(256))
-        job = client.post("/job", {"job_type": "stream", "api_key": "k"}, Prefer="respond-async").json
-        assert client.finish(job)["status"] == "complete"
-
-    def test_ten_megabytes(self, engines, engine):
-        client = engines(engine).client
-        job = client.finish(client.submit("large"))
-        assert job["data"] == "x" * 10_000_000
-
-    def test_ten_thousand_log_lines_come_in_order_and_once(self, engines, engine):
-        client = engines(engine).client
-        job = client.finish(client.submit("lines", 10_000))
-        assert [line["message"] for line in job["logs"]] == [f"line {number}" for number in range(10_000)]
+        job = client.finish(client.submit("lines", 3_000))
+        assert [line["message"] for line in job["logs"]] == [f"line {number}" for number in range(3_000)]
         assert {line["module"] for line in job["logs"]} == {"engine_jobs"}
 
     def test_progress_and_log_are_seen_while_the_job_runs(self, engines, engine, file):
@@ -5656,14 +4883,6 @@ class TestEngines:
         assert client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status == 200
         assert client.finish(job)["error"] == {"message": "cancelled"}
 
-    def test_deleting_a_running_job_stops_it(self, engines, engine, file):
-        client = engines(engine).client
-        job, after = client.submit("wait", str(file)), "/metrics"
-        first_line(client, job)
-        assert client.delete(f"/job/{job['job_id']}", key=job["job_key"]).status == 200
-        eventually(lambda: "csp_jobs_running 0\n" in client.get(after).body.decode())
-        assert client.get(f"/job/{job['job_id']}", key=SECURE_KEY).status == 404
-
     def test_a_timeout_ends_the_job_and_its_late_result_is_dropped(self, engines, engine, file):
         client = engines(engine).client
         job = client.submit("late", str(file))
@@ -5671,18 +4890,6 @@ class TestEngines:
         file.touch()
         assert client.finish(client.submit("succeed"))["status"] == "complete"
         assert client.show(job)["status"] == "error"
-
-    def test_what_raises_is_tried_again_if_it_may(self, engines, engine, file):
-        client = engines(engine).client
-        job = client.finish(client.submit("flaky", str(file)))
-        assert (job["status"], job["data"], job["attempts"]) == ("complete", "second", 2)
-
-    def test_callbacks_come(self, engines, engine, receiver):
-        client = engines(engine).client
-        jobs = [client.submit("succeed", number, result_url=receiver.url) for number in range(20)]
-        bodies = [body for _, body in receiver.wait(20)]
-        assert sorted(body["job_id"] for body in bodies) == sorted(job["job_id"] for job in jobs)
-        assert {headers["Authorization"] for headers, _ in receiver.received} == {"secret-api-key"}
 
     @pytest.mark.parametrize("kind", ["file", "package"])
     def test_job_modules_are_found(self, engage, engine, kind, tmp_path):
@@ -5720,13 +4927,29 @@ class TestEngines:
         if engine != "loky":  # which does not tell its processes whose they are
             eventually(lambda: not any(map(is_alive, family)))
 
-    def test_a_stop_leaves_what_runs_to_the_next_start(self, engage, engine, file):
-        first = engage(engine)
-        job = first.client.submit("wait", str(file))
-        first_line(first.client, job)
-        assert first.terminate() == 0
-        file.touch()
-        assert engage(engine).client.finish(job)["status"] == "complete"
+
+
+class TestOutcomes:
+    """What a function comes to, in a process of its own."""
+
+    @pytest.mark.parametrize("job_type, message, has_traceback", [
+        ("verdict", "no", False), ("broken", "ValueError: serious exception", True), ("leave", "SystemExit: 3", True),
+        ("two_arguments", "TwoArguments: (1, 2)", True),
+        ("no_json", "The result of the job is not JSON: Object of type object is not JSON serializable", False)])
+    def test_an_error(self, engines, job_type, message, has_traceback):
+        client = engines("process").client
+        job = client.finish(client.submit(job_type))
+        assert (job["status"], job["error"]["message"], job["attempts"]) == ("error", message, 1)
+        assert ("traceback" in job["error"]) == has_traceback
+
+    def test_bytes_a_stream_ten_megabytes_and_a_second_attempt(self, engines, file):
+        client = engines("process").client
+        assert base64.b64decode(client.finish(client.submit("binary"))["data"]["base64"]) == bytes(range(256))
+        job = client.post("/job", {"job_type": "stream", "api_key": "k"}, Prefer="respond-async").json
+        assert client.finish(job)["status"] == "complete"
+        assert client.finish(client.submit("large"))["data"] == "x" * 10_000_000
+        job = client.finish(client.submit("flaky", str(file)))
+        assert (job["status"], job["data"], job["attempts"]) == ("complete", "second", 2)
 
 
 class TestProcesses:
@@ -5798,7 +5021,7 @@ class TestProcesses:
         error = client.finish(client.submit("full"))["error"]
         assert error["message"] == "MemoryError: no room" and "in full" in error["traceback"]
 
-    def test_a_thousand_jobs_leave_nothing_behind(self, engage):
+    def test_many_jobs_leave_nothing_behind(self, engage):
         server = engage("process")
         client, pid = server.client, server.process.pid
 
@@ -5815,7 +5038,7 @@ class TestProcesses:
 
         run(100)
         (own, server_process), threads = run(100)
-        (own_after, server_process_after), threads_after = run(1000)
+        (own_after, server_process_after), threads_after = run(200)
         assert own_after[1] <= own[1] + 2 and server_process_after[1] == server_process[1]
         assert own_after[0] < own[0] + 8_000 and server_process_after[0] < server_process[0] + 2_000
         assert threads_after <= threads + 4
@@ -5936,11 +5159,7 @@ def held_engine(start, monkeypatch):
 
 REPORT = {"execution": "one", "first": 0, "lines": [], "progress": None, "seconds": 0.5}
 LINE = {
-    "timestamp": "2026-01-01T00:00:00.000000",
-    "message": "m",
-    "level": "INFO",
-    "module": "mod",
-    "funcName": "f",
+    "timestamp": "2026-01-01T00:00:00.000000", "message": "m", "level": "INFO", "module": "mod", "funcName": "f",
     "lineno": 3,
 }
 
@@ -6058,19 +5277,14 @@ class TestTasks:
     @pytest.mark.parametrize(
         "more, words",
         [
-            ({"execution": ""}, "execution has to be"),
-            ({"execution": 5}, "execution has to be"),
-            ({"first": -1}, "first has to be"),
-            ({"first": True}, "first has to be"),
-            ({"lines": None}, "lines has to be"),
-            ({"lines": [{}]}, "lines has to be"),
+            ({"execution": ""}, "execution has to be"), ({"execution": 5}, "execution has to be"),
+            ({"first": -1}, "first has to be"), ({"first": True}, "first has to be"),
+            ({"lines": None}, "lines has to be"), ({"lines": [{}]}, "lines has to be"),
             ({"lines": [{**LINE, "lineno": "3"}]}, "lines has to be"),
             ({"lines": [{**LINE, "timestamp": "yesterday"}]}, "lines has to be"),
-            ({"lines": [{**LINE, "more": 1}]}, "lines has to be"),
-            ({"progress": 0.5}, "progress has to be"),
+            ({"lines": [{**LINE, "more": 1}]}, "lines has to be"), ({"progress": 0.5}, "progress has to be"),
             ({"progress": {"fraction": "x", "message": None}}, "progress has to be"),
-            ({"seconds": None}, "seconds has to be"),
-            ({"x": 1}, "Too many arguments. Extra keys are x"),
+            ({"seconds": None}, "seconds has to be"), ({"x": 1}, "Too many arguments. Extra keys are x"),
         ],
         ids=str,
     )
@@ -6188,11 +5402,8 @@ class TestTasks:
         environ = {"CSP_EXECUTOR": "process", "CSP_SQLALCHEMY_DATABASE_URI": "sqlite://", "PYTHONPATH": str(HERE)}
         environ.update({"CSP_PORT": "0", "CSP_GRACE_SECONDS": "0"})
         process = subprocess.Popen(
-            [sys.executable, "-u", "unguarded.py"],
-            cwd=str(tmp_path),
-            env={**os.environ, **environ},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            [sys.executable, "-u", "unguarded.py"], cwd=str(tmp_path), env={**os.environ, **environ},
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )
         try:
             client = Client(re.search(r"http://\S+", process.stdout.readline().decode())[0])
@@ -6261,56 +5472,41 @@ class TestTasks:
 class TestRunner:
     """Jobs run, each to its end, whatever they do."""
 
-    def test_two_thousand_jobs_from_sixteen_threads_all_end_with_their_callbacks(self, start, receiver):
-        client = start().client
-        answers = [[] for _ in range(16)]
+    def test_hundreds_of_jobs_from_many_threads_all_end_with_their_callbacks(self, start, receiver):
+        client, wanted = start().client, {}
 
         def submit(number):
             connection = KeepAlive(client)
-            for count in range(125):
-                answers[number].append(
-                    connection.submit(
-                        {
-                            "job_type": "async_echo",
-                            "api_key": "k",
-                            "data": f"{number}-{count}",
-                            "result_url": receiver.url,
-                        }
-                    )
-                )
+            for count in range(50):
+                data = f"{number}-{count}"
+                body = {"job_type": "async_echo", "api_key": "k", "data": data, "result_url": receiver.url}
+                status, job = connection.submit(body)
+                assert status == 200
+                wanted[job["job_id"]] = ">" + data
             connection.close()
 
-        in_threads(16, submit)
-        assert {status for part in answers for status, _ in part} == {200}
-        wanted = {job["job_id"]: ">" + job["sent_data"] for part in answers for _, job in part}
-        assert len(wanted) == 2000
+        in_threads(8, submit)
         wait_until_done(client)
-        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 2000, "error": 0}
-        eventually(lambda: len({body["job_id"] for _, body in list(receiver.received)}) == 2000)
-        assert {body["job_id"]: body["data"] for _, body in receiver.received} == wanted
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 400, "error": 0}
+        assert {body["job_id"]: body["data"] for _, body in receiver.wait(400)} == wanted and len(wanted) == 400
 
     def test_a_burst_waits_on_disk_and_runs_in_order(self, start, gate):
-        running = start(gate.registry, WORKERS=1)
-        client = running.client
-        first = client.submit("wait", -1)
-        gate.wait_for(first)
-        threads = threading.active_count()
-        connection = KeepAlive(client)
-        for number in range(300):
+        client = start(gate.registry, WORKERS=1).client
+        gate.wait_for(client.submit("wait", -1))
+        threads, connection = threading.active_count(), KeepAlive(client)
+        for number in range(100):
             assert connection.submit({"job_type": "quick", "api_key": "k", "data": number})[0] == 200
         connection.close()
-        assert rows_of(running.path, "SELECT count(*) FROM jobs WHERE run_at IS NOT NULL") == [(300,)]
         assert threading.active_count() <= threads + 2
         gate.open.set()
         wait_until_done(client)
-        assert gate.order == list(range(-1, 300))
-        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 301, "error": 0}
+        assert gate.order == list(range(-1, 100))
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 101, "error": 0}
 
-    def test_never_more_than_workers_run_at_a_time(self, start):
-        registry, barrier, lock = csp.Registry(), threading.Barrier(3), threading.Lock()
-        now, most = [0], []
+    @pytest.mark.parametrize("workers, count", [(3, 30), (60, 60)])
+    def test_as_many_as_there_are_workers_run_at_a_time_and_never_more(self, start, workers, count):
+        barrier, lock, now, most = threading.Barrier(workers), threading.Lock(), [0], []
 
-        @registry.asynchronous
         def meet(task_id, input):
             with lock:
                 now[0] += 1
@@ -6319,25 +5515,14 @@ class TestRunner:
             with lock:
                 now[0] -= 1
 
-        client = start(registry, WORKERS=3).client
-        for _ in range(30):
+        client = start(registry_of(meet, "meet"), WORKERS=workers).client
+        for _ in range(count):
             client.submit("meet")
         wait_until_done(client)
-        assert client.get("/status").json["stats"]["complete"] == 30 and max(most) == 3
+        assert client.get("/status").json["stats"]["complete"] == count and max(most) == workers
 
-    def test_sixty_jobs_that_wait_on_sixty_workers_run_together(self, start):
-        registry, barrier = csp.Registry(), threading.Barrier(60)
-
-        @registry.asynchronous
-        def meet(task_id, input):
-            return barrier.wait(PATIENCE_SECONDS) >= 0
-
-        client = start(registry, WORKERS=60).client
-        jobs = [client.submit("meet") for _ in range(60)]
-        assert [client.finish(job)["data"] for job in jobs] == [True] * 60
-
-    def test_an_exception_is_retried_with_back_off_and_a_job_error_is_not(self, start, receiver, monkeypatch):
-        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.2, 0.3))
+    def test_an_exception_is_retried_with_backoff_and_a_job_error_is_not(self, start, receiver, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.1, 0.15))
         registry, begun = csp.Registry(), {}
 
         @registry.asynchronous(retries=3)
@@ -6358,108 +5543,60 @@ class TestRunner:
         jobs.append(client.submit("verdict", result_url=receiver.url))
         ended = [client.finish(job) for job in jobs]
         assert [(job["status"], job["data"], job["attempts"]) for job in ended] == [
-            ("complete", 1, 1),
-            ("complete", 3, 3),
-            ("complete", 4, 4),
-            ("error", None, 4),
-            ("error", None, 1),
-        ]
+            ("complete", 1, 1), ("complete", 3, 3), ("complete", 4, 4), ("error", None, 4), ("error", None, 1)]
         assert [len(begun[job["job_id"]]) for job in jobs] == [1, 3, 4, 4, 1]
         assert ended[3]["error"]["message"] == "RuntimeError: failure 4" and ended[4]["error"] == {"message": "no"}
         for times in begun.values():
-            assert all(0.2 <= later - earlier for earlier, later in zip(times, times[1:]))
+            assert all(0.1 <= later - earlier for earlier, later in zip(times, times[1:]))
         assert "failure 1" in ended[1]["logs"][0]["message"]
-        receiver.wait(5)
-        assert sorted(body["job_id"] for _, body in receiver.received) == sorted(job["job_id"] for job in jobs)
+        assert sorted(body["job_id"] for _, body in receiver.wait(5)) == sorted(job["job_id"] for job in jobs)
 
-    def test_a_retry_waits_on_disk_and_not_in_a_worker(self, start, monkeypatch):
+    def test_a_job_that_waits_for_its_retry_takes_no_place_and_can_be_cancelled(self, start, monkeypatch):
         monkeypatch.setattr(csp, "BACKOFF_SECONDS", (60.0, 60.0))
-        registry = csp.Registry()
-
-        @registry.asynchronous(retries=1)
-        def fail(task_id, input):
-            raise ValueError("no")
-
-        @registry.asynchronous
-        def quick(task_id, input):
-            return "done"
-
-        running = start(registry, WORKERS=1)
-        failing = running.client.submit("fail")
-        assert running.client.finish(running.client.submit("quick"))["data"] == "done"
-        eventually(
-            lambda: rows_of(
-                running.path,
-                "SELECT run_at FROM jobs WHERE job_id = ? AND run_at > ?",
-                failing["job_id"],
-                time.time() + 30,
-            )
-        )
-        assert running.client.show(failing)["status"] == "pending"
-        assert running.client.post(f"/job/{failing['job_id']}/cancel", key=failing["job_key"]).status == 200
-        assert running.client.show(failing)["error"] == {"message": "cancelled"}
+        registry = registry_of(raising(ValueError("no")), retries=1)
+        registry.asynchronous(named("quick", lambda task_id, input: "done"))
+        client = start(registry, WORKERS=1).client
+        job = client.submit("work")
+        eventually(lambda: "Attempt 1 failed" in str(messages(client.show(job))))
+        assert client.finish(client.submit("quick"))["data"] == "done"
+        assert client.show(job)["status"] == "pending"
+        assert client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status == 200
+        assert (client.show(job)["error"], client.show(job)["attempts"]) == ({"message": "cancelled"}, 1)
 
     def test_a_timeout_ends_the_job_frees_its_place_and_drops_its_late_result(self, start, receiver):
-        registry, release, flags, ended = csp.Registry(), threading.Event(), [], queue.Queue()
+        registry, release, left = csp.Registry(), threading.Event(), queue.Queue()
 
-        @registry.asynchronous(timeout=0.3)
+        @registry.asynchronous(timeout=0.2)
         def stuck(task_id, input):
             assert release.wait(PATIENCE_SECONDS)
             with pytest.raises(csp.JobCancelled):
                 csp.util.check_cancelled(task_id)
-            flags.append(task_id)
             csp.util.set_progress(task_id, 1.0)
-            ended.put(task_id)
+            left.put(task_id)
             return "late"
 
-        @registry.asynchronous
-        def quick(task_id, input):
-            return "done"
-
-        running = start(registry, WORKERS=1)
-        client = running.client
-        jobs = [client.submit("stuck", result_url=receiver.url) for _ in range(3)]
-        assert client.finish(client.submit("quick"), 10.0)["data"] == "done"
-        before = [client.finish(job) for job in jobs]
+        registry.synchronous(timeout=0.2)(named("stuck_now", lambda task_id, input: release.wait(PATIENCE_SECONDS)))
+        registry.asynchronous(timeout=PATIENCE_SECONDS)(named("quick", lambda task_id, input: "in time"))
+        client = start(registry, WORKERS=1).client
+        jobs = [client.submit("stuck", result_url=receiver.url) for _ in range(2)]
+        assert client.finish(client.submit("quick"), 10.0)["data"] == "in time"
+        before = [callback_of(client, job, status="delivered") for job in jobs] + [client.submit("stuck_now")]
         for job in before:
-            assert (job["status"], job["data"]) == ("error", None) and "0.3 seconds" in job["error"]["message"]
-            assert 0.25 < epoch_of(job["finished_timestamp"]) - epoch_of(job["started_timestamp"]) < 5.0
-        receiver.wait(3)
-        before = [callback_of(client, job, status="delivered") for job in jobs]
+            assert (job["status"], job["data"]) == ("error", None) and "0.2 seconds" in job["error"]["message"]
+            assert 0.15 < epoch_of(job["finished_timestamp"]) - epoch_of(job["started_timestamp"]) < 5.0
         release.set()
-        assert {ended.get(timeout=PATIENCE_SECONDS) for _ in jobs} == {job["job_id"] for job in jobs}
-        assert client.finish(client.submit("quick"))["data"] == "done"
-        assert [client.show(job) for job in jobs] == before and len(receiver.received) == 3 and len(flags) == 3
-
-    def test_a_job_in_time_is_not_touched_by_its_timeout(self, start):
-        registry = csp.Registry()
-        registry.asynchronous(timeout=0.2)(named_like("quick", lambda task_id, input: "in time"))
-        client = start(registry).client
+        assert {left.get(timeout=PATIENCE_SECONDS) for _ in jobs} == {job["job_id"] for job in jobs}
         assert client.finish(client.submit("quick"))["data"] == "in time"
+        assert [client.show(job) for job in jobs] == before[:2] and len(receiver.received) == 2
 
-    def test_a_synchronous_timeout_answers_in_time(self, start):
-        registry, release = csp.Registry(), threading.Event()
-
-        @registry.synchronous(timeout=0.3)
-        def stuck(task_id, input):
-            assert release.wait(PATIENCE_SECONDS)
-            return "late"
-
-        job = start(registry).client.submit("stuck")
-        release.set()
-        assert job["status"] == "error" and "0.3 seconds" in job["error"]["message"]
-
-    @pytest.mark.parametrize("state", ["queued", "running", "complete", "error", "cancelled", "unknown"])
+    @pytest.mark.parametrize("state", ["queued", "running", "deaf", "complete", "error", "cancelled"])
     def test_cancel_in_every_state(self, start, gate, receiver, state):
         client = start(gate.registry, WORKERS=1).client
-        if state == "unknown":
-            assert client.post("/job/nobody/cancel", key=ADMIN).status == 404
-            return
         blocker = client.submit("wait", "blocker") if state in ("queued", "cancelled") else None
-        job = client.submit({"running": "obedient", "error": "fail"}.get(state, "quick"), "x", result_url=receiver.url)
+        job_type = {"running": "obedient", "deaf": "wait", "error": "fail"}.get(state, "quick")
+        job = client.submit(job_type, "x", result_url=receiver.url)
         path, key = f"/job/{job['job_id']}/cancel", job["job_key"]
-        assert client.post(path).status == 403 and client.post(path, key="wrong").status == 403
-        if state == "running":
+        if state in ("running", "deaf"):
             gate.wait_for(job)
         elif state == "cancelled":
             assert client.post(path, key=key).status == 200
@@ -6467,68 +5604,56 @@ class TestRunner:
             client.finish(job)
         answer = client.post(path, key=key)
         if state in ("complete", "error", "cancelled"):
-            before = client.show(job)
-            assert answer.status == 409 and "finished" in answer.error and before["status"] != "pending"
+            assert answer.status == 409 and "finished" in answer.error
         else:
             assert answer.status == 200 and answer.json["job_id"] == job["job_id"]
-            ended = client.finish(job)
-            assert (ended["status"], ended["data"], ended["error"]) == ("error", None, {"message": "cancelled"})
         if state == "running":
+            client.finish(job)
             assert gate.stopped == [job["job_id"]]
         gate.open.set()
+        ended = client.finish(job)
+        assert (ended["status"], ended["data"], ended["error"]) == (
+            ("complete", "x", None) if state in ("deaf", "complete") else
+            ("error", None, {"message": "it failed" if state == "error" else "cancelled"}))
         if blocker:
             client.finish(blocker)
-        wait_until_done(client)
-        assert len(receiver.wait()) == 1 and receiver.received[0][1]["status"] in ("complete", "error")
-        assert gate.order.count("x") == (state == "complete")
+        assert client.finish(client.submit("quick", "last"))["data"] == "last"
+        assert gate.order.count("x") == (state in ("complete", "deaf"))
+        assert [body["status"] for _, body in receiver.wait()] == [ended["status"]]
 
-    def test_a_running_job_that_does_not_listen_completes_all_the_same(self, start, gate):
-        client = start(gate.registry).client
-        job = client.submit("wait", "x")
-        gate.wait_for(job)
-        assert client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).json["status"] == "pending"
-        gate.open.set()
-        ended = client.finish(job)
-        assert (ended["status"], ended["data"], ended["error"]) == ("complete", "x", None)
-
-    @pytest.mark.parametrize("listens", [True, False], ids=["obedient", "deaf"])
-    def test_a_race_between_cancel_and_completion_has_one_winner(self, start, receiver, listens):
-        registry, ended = csp.Registry(), {}
+    def test_a_race_between_cancel_and_completion_has_one_winner(self, start, receiver):
+        registry, ended, jobs, statuses = csp.Registry(), set(), {}, {}
 
         @registry.asynchronous
         def short(task_id, input):
             for _ in range(input["data"]):
-                if listens:
+                if input["data"] % 2:  # the others do not listen
                     csp.util.check_cancelled(task_id)
-            ended[task_id] = True
+            ended.add(task_id)
             return "ran"
 
         client = start(registry, WORKERS=4).client
-        jobs, statuses = {}, {}
 
         def race(number):
-            for count in range(20):
-                job = client.submit(
-                    "short", random.Random(number * 20 + count).randrange(3000), result_url=receiver.url
-                )
+            chance = random.Random(number)
+            for _ in range(20):
+                job = client.submit("short", chance.randrange(3000), result_url=receiver.url)
                 jobs[job["job_id"]] = job
-                answer = client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
-                statuses[job["job_id"]] = answer.status
+                statuses[job["job_id"]] = client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status
 
         in_threads(4, race)
         wait_until_done(client)
         assert set(statuses.values()) <= {200, 409}
-        shown = {job_id: client.finish(job) for job_id, job in jobs.items()}
-        eventually(lambda: len({body["job_id"] for _, body in list(receiver.received)}) == 80)
-        assert len(receiver.received) == 80
-        for _, body in receiver.received:
-            job = shown[body["job_id"]]
+        bodies = {body["job_id"]: body for _, body in receiver.wait(80)}
+        assert len(receiver.received) == 80 and bodies.keys() == jobs.keys()
+        for job_id, body in bodies.items():
+            job = client.show(jobs[job_id])
             outcome = (job["status"], job["data"], job["error"])
             assert outcome in (("complete", "ran", None), ("error", None, {"message": "cancelled"}))
             assert outcome == (body["status"], body["data"], body["error"])
-            assert statuses[body["job_id"]] == 200 or outcome[0] == "complete"
-            assert outcome[0] == "error" or ended[body["job_id"]]
-            assert job["attempts"] or body["job_id"] not in ended
+            assert statuses[job_id] == 200 or outcome[0] == "complete"
+            assert outcome[0] == "error" or job_id in ended
+            assert job["attempts"] or job_id not in ended
 
     @pytest.mark.parametrize("state", ["queued", "running", "deaf", "complete", "error"])
     def test_delete_in_every_state(self, start, gate, receiver, state):
@@ -6544,32 +5669,26 @@ class TestRunner:
             receiver.wait()
         answer = client.delete(f"/job/{job['job_id']}", key=job["job_key"])
         assert (answer.status, answer.json) == (200, {"success": True})
-        assert client.get(f"/job/{job['job_id']}", key=ADMIN).status == 404
         assert client.delete(f"/job/{job['job_id']}", key=ADMIN).status == 404
         if state == "running":
             eventually(lambda: gate.stopped == [job["job_id"]])
         gate.open.set()
-        if blocker:
-            client.finish(blocker)
-        last = client.submit("quick", "last")
-        client.finish(last)
+        for other in [blocker] * bool(blocker) + [client.submit("quick", "last")]:
+            client.finish(other)
         assert gate.order.count("x") == (state in ("deaf", "complete"))
         assert client.get(f"/job/{job['job_id']}", key=ADMIN).status == 404
         assert len(receiver.received) == (state in ("complete", "error"))
         assert rows_of(running.path, "SELECT count(*) FROM metadata") == [(0,)]
         assert sum(client.get("/status").json["stats"].values()) == (2 if blocker else 1)
 
-    @pytest.mark.parametrize(
-        "state, has_key",
-        [("queued", True), ("running", True), ("complete", False), ("error", False), ("cancelled", False)],
-    )
-    def test_resubmit_of_every_status(self, start, gate, receiver, state, has_key):
+    @pytest.mark.parametrize("state, has_key", [
+        ("queued", True), ("running", True), ("complete", False), ("error", False), ("cancelled", False)])
+    def test_resubmit_in_every_state(self, start, gate, receiver, state, has_key):
         client = start(gate.registry, WORKERS=1).client
-        blocker = client.submit("wait", "blocker") if state in ("queued", "cancelled") else None
+        if state in ("queued", "cancelled"):
+            client.submit("wait", "blocker")
         job_type = {"running": "wait", "error": "fail"}.get(state, "quick")
-        job = client.submit(
-            job_type, {"x": [1, None]}, result_url=receiver.url, metadata={"a": "b", "n": 1}, api_key="first-key"
-        )
+        job = client.submit(job_type, {"x": [1, None]}, result_url=receiver.url, metadata={"a": "b", "n": 1})
         path, key = f"/job/{job['job_id']}/resubmit", job["job_key"]
         if state == "running":
             gate.wait_for(job)
@@ -6579,8 +5698,7 @@ class TestRunner:
             callback_of(client, job, status="delivered")
         assert client.post(path, {"api_key": "k"}).status == 403
         without = client.post(path, key=key)
-        assert without.status == (200 if has_key else 409)
-        assert has_key or without.error == "Please provide your API key."
+        assert without.status == 200 if has_key else without.error == "Please provide your API key."
         for body in ({"api_key": "a\nb"}, {"api_key": "k", "data": 1}, {"api_key": ["k"]}, {"api_key": ""}):
             assert client.post(path, body, key=key).status == 409
         answer = client.post(path, {"api_key": "second-key"}, key=key)
@@ -6590,171 +5708,114 @@ class TestRunner:
         for name in ("job_type", "sent_data", "metadata", "result_url"):
             assert again[name] == job[name]
         gate.open.set()
-        if blocker:
-            client.finish(blocker)
         assert client.finish(again)["status"] == ("error" if state == "error" else "complete")
-        eventually(
-            lambda: [
-                headers
-                for headers, body in receiver.received
-                if body["job_id"] == again["job_id"] and headers["Authorization"] == "second-key"
-            ]
-        )
+        eventually(lambda: "second-key" in [headers["Authorization"] for headers, body in list(receiver.received)
+                                            if body["job_id"] == again["job_id"]])
         assert client.show(job)["resubmitted_from"] is None
 
     def test_a_synchronous_job_is_resubmitted_like_it_was_submitted(self, client):
         job = client.submit("echo", "hi")
         again = client.post(f"/job/{job['job_id']}/resubmit", {"api_key": "k"}, key=job["job_key"]).json
         assert (again["status"], again["data"], again["resubmitted_from"]) == ("complete", ">hi", job["job_id"])
-
-    def test_resubmitting_what_is_not_there_is_a_404(self, client):
         assert client.post("/job/nobody/resubmit", {"api_key": "k"}, key=ADMIN).status == 404
+
+    def test_a_submission_under_the_id_of_a_running_job_is_refused_and_the_job_goes_on(self, start, gate):
+        @gate.registry.asynchronous
+        def work(task_id, input):
+            gate.begun.put(task_id)
+            assert gate.open.wait(PATIENCE_SECONDS)
+            thread = threading.Thread(target=csp.util.set_progress, args=(task_id, 0.5, "by a thread"))
+            thread.start()
+            thread.join()
+            gate.begun.get(timeout=PATIENCE_SECONDS)
+            return "mine"
+
+        gate.registry.synchronous(named("now", lambda task_id, input: "other"))
+        client = start(gate.registry).client
+        job = client.submit("work", job_id="taken")
+        gate.wait_for(job)
+        answer = client.post("/job/taken", {"job_type": "now", "api_key": "k"})
+        assert (answer.status, answer.error) == (409, "job_id taken already exists")
+        gate.open.set()
+        eventually(lambda: client.show(job)["progress"] == {"fraction": 0.5, "message": "by a thread"})
+        assert client.show(job)["status"] == "pending"
+        gate.begun.put("go on")
+        ended = client.finish(job)
+        assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", "mine", 1)
 
     def test_a_job_type_that_is_gone_is_an_error_that_says_so(self, start, gate, receiver):
         first = start(gate.registry, WORKERS=1)
-        blocker = first.client.submit("wait", "blocker")
-        gate.wait_for(blocker)
+        gate.wait_for(first.client.submit("wait", "blocker"))
         jobs = [first.client.submit("quick", number, result_url=receiver.url) for number in range(3)]
         first.stop(0.0)
         gate.open.set()
         client = start().client
         for job in jobs:
-            ended = client.finish(job)
-            assert ended["status"] == "error" and ended["error"]["message"] == (
-                "Job type quick not available. Available job types are async_echo, echo"
-            )
+            assert client.finish(job)["error"]["message"] == (
+                "Job type quick not available. Available job types are async_echo, echo")
         assert {body["job_id"] for _, body in receiver.wait(3)} == {job["job_id"] for job in jobs}
         assert client.finish(client.submit("async_echo", "hi"))["data"] == ">hi"
 
-    def test_sys_exit_in_a_job_ends_the_job_only(self, start):
-        registry = csp.Registry()
-
-        @registry.asynchronous
-        def leave(task_id, input):
-            sys.exit(input["data"])
-
-        @registry.asynchronous
-        def interrupt(task_id, input):
-            raise KeyboardInterrupt
-
-        client = start(registry, WORKERS=1).client
-        ended = [client.finish(client.submit(job_type, "bye")) for job_type in ("leave", "interrupt", "leave")]
-        assert [job["status"] for job in ended] == ["error"] * 3
-        assert [job["error"]["message"] for job in ended] == ["SystemExit: bye", "KeyboardInterrupt", "SystemExit: bye"]
-
-    def test_progress_shows_while_the_job_runs_without_a_commit_each(self, start):
-        registry, release, begun = csp.Registry(), threading.Event(), threading.Event()
-
-        @registry.asynchronous
-        def work(task_id, input):
-            for number in range(2000):
-                csp.util.set_progress(task_id, number / 2000, f"row {number}")
-            begun.set()
-            assert release.wait(PATIENCE_SECONDS)
-            csp.util.set_progress(task_id, 1, "all")
-
-        running = start(registry)
-        job = running.client.submit("work")
-        assert begun.wait(PATIENCE_SECONDS)
-        eventually(lambda: running.client.show(job)["progress"] == {"fraction": 0.9995, "message": "row 1999"})
-        assert running.client.show(job)["status"] == "pending"
-        assert os.path.getsize(str(running.path) + "-wal") < 200 * 4096  # a commit writes at least one page of 4 kB
-        release.set()
-        assert running.client.finish(job)["progress"] == {"fraction": 1.0, "message": "all"}
-
-    def test_stopping_lets_running_jobs_finish_and_leaves_the_queued_on_disk(self, start, gate, receiver):
+    def test_stopping_lets_running_jobs_finish_begins_no_other_and_leaves_those_on_disk(self, start, gate, receiver):
         first = start(gate.registry, WORKERS=2)
-        running = [first.client.submit("wait", number, result_url=receiver.url) for number in range(2)]
-        queued = [first.client.submit("quick", number, result_url=receiver.url) for number in range(2, 5)]
-        assert {gate.begun.get(timeout=PATIENCE_SECONDS) for _ in running} == {job["job_id"] for job in running}
-        stopping = threading.Thread(target=first.stop)
-        stopping.start()
-        eventually(lambda: first.service.runner._is_stopping)
+        jobs = [first.client.submit("wait", number, result_url=receiver.url) for number in range(2)]
+        assert {gate.begun.get(timeout=PATIENCE_SECONDS) for _ in jobs} == {job["job_id"] for job in jobs}
+        jobs += [first.client.submit("quick", number, result_url=receiver.url) for number in range(2, 5)]
+        first.service.release()  # what the server does first when it is told to stop
         gate.open.set()
-        stopping.join()
-        assert (
-            rows_of(first.path, "SELECT status, run_at IS NULL FROM jobs ORDER BY seq")
-            == [("complete", 1)] * 2 + [("pending", 0)] * 3
-        )
+        assert [first.client.finish(job)["data"] for job in jobs[:2]] == [0, 1]
+        first.stop()
+        left = rows_of(first.path, "SELECT status, attempts FROM jobs ORDER BY seq")
+        assert left == [("complete", 1)] * 2 + [("pending", 0)] * 3
         client = start(gate.registry).client
-        for number, job in enumerate(running + queued):
+        for number, job in enumerate(jobs):
             ended = client.finish(job)
             assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", number, 1)
-        assert gate.order[2:] == [2, 3, 4]
-        receiver.wait(5)
+        assert gate.order[2:] == [2, 3, 4] and len(receiver.wait(5)) == 5
 
-    @pytest.mark.parametrize(
-        "change, type_options, message",
-        [
-            ("attempts = 1, crashes = 0", {}, None),
-            ("attempts = 2, crashes = 1", {}, None),
-            ("attempts = 3, crashes = 2", {}, "stopped"),
-            ("attempts = 3, crashes = 2", {"retries": 4}, None),
-            ("attempts = 5, crashes = 4", {"retries": 4}, "stopped"),
-            ("attempts = 1, crashes = 0", {"at_most_once": True}, "stopped"),
-            ("synchronous = 1", {}, "stopped"),
-            ("cancelled = 1", {}, "cancelled"),
-        ],
-        ids=["first", "second", "third", "third of five", "fifth of five", "at most once", "synchronous", "cancelled"],
-    )
-    def test_what_was_running_at_a_crash_runs_again_or_ends_with_a_reason(
-        self, start, gate, receiver, change, type_options, message
-    ):
+    @pytest.mark.parametrize("job_type", ["once", "hold"], ids=["at most once", "synchronous"])
+    def test_what_may_not_run_again_ends_as_an_error_when_the_service_stops_without_it(self, start, gate, job_type):
+        wait = gate.registry.get("wait").function
+        gate.registry.asynchronous(named("once", lambda task_id, input: wait(task_id, input)), at_most_once=True)
+        add_synchronous(gate)
         first = start(gate.registry)
-        job = first.client.submit("wait", "x", result_url=receiver.url, api_key="kept")
-        gate.wait_for(job)
+        answer = Later(first.client.post, "/job/x", {"job_type": job_type, "api_key": "k"})
+        gate.wait_for({"job_id": "x"})
         first.stop(0.0)
         gate.open.set()
-        assert rows_of(first.path, "SELECT status, run_at FROM jobs") == [("pending", csp.AFTER_STOP)]
-        rows_of(first.path, f"UPDATE jobs SET run_at = NULL, {change}")  # as a crash would have left it
-        attempts = rows_of(first.path, "SELECT attempts FROM jobs")[0][0]
-        registry = csp.Registry()
-        registry.asynchronous(**type_options)(named_like("wait", lambda task_id, input: "again"))
-        client = start(registry).client
-        ended = client.finish(job)
-        if message is None:
-            assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", "again", attempts + 1)
-        else:
-            assert ended["status"] == "error" and message in ended["error"]["message"]
-            assert ended["attempts"] == attempts
-        headers, body = receiver.wait()[0]
-        assert headers["Authorization"] == "kept" and body["status"] == ended["status"]
-        assert body["job_key"] == job["job_key"] and client.get("/status").json["stats"]["pending"] == 0
-
-    @pytest.mark.parametrize("is_synchronous", [False, True], ids=["at most once", "synchronous"])
-    def test_what_may_not_run_again_ends_as_an_error_when_the_service_stops_without_it(
-        self, start, gate, is_synchronous
-    ):
-        registry = csp.Registry()
-        if is_synchronous:
-            registry.synchronous(named_like("wait", gate.registry.get("wait").function))
-        else:
-            registry.asynchronous(named_like("wait", gate.registry.get("wait").function), at_most_once=True)
-        first = start(registry)
-        body = {"job_type": "wait", "api_key": "k", "data": "x"}
-        client = threading.Thread(target=lambda: first.client.post("/job/once", body))
-        client.start()
-        gate.wait_for({"job_id": "once"})
-        first.stop(0.0)
-        gate.open.set()
-        client.join()
-        ended = start(registry).client.get("/job/once", key=SECURE_KEY).json
+        answer.result()
+        ended = show(start(gate.registry).client, "x")
         assert ended["status"] == "error" and "not of a kind that is run again" in ended["error"]["message"]
 
     def test_a_suspect_of_two_crashes_runs_alone(self, start, gate):
         first = start(gate.registry, WORKERS=4)
         jobs = [first.client.submit("wait", number) for number in range(3)]
-        for job in jobs:
-            gate.wait_for(job)
+        for _ in jobs:
+            gate.begun.get(timeout=PATIENCE_SECONDS)
         first.stop(0.0)
-        rows_of(
-            first.path, "UPDATE jobs SET run_at = NULL, attempts = 2, crashes = 1 WHERE job_id = ?", jobs[1]["job_id"]
-        )
-        second = start(gate.registry, WORKERS=4)
-        eventually(lambda: second.client.show(jobs[1])["attempts"] == 3)
-        assert [job.job_id for job in second.service.store.list_running()] == [jobs[1]["job_id"]]
+        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2, crashes = 1 WHERE seq = 2")
+        client = start(gate.registry, WORKERS=4).client
+        gate.wait_for(jobs[1])
+        assert [client.show(job)["attempts"] for job in jobs] == [1, 3, 1]
         gate.open.set()
-        assert [second.client.finish(job)["data"] for job in jobs] == [0, 1, 2]
+        assert [client.finish(job)["data"] for job in jobs] == [0, 1, 2]
+
+    @pytest.mark.parametrize("suspects", ["seq < 3", "seq = 2"], ids=["two suspects", "the second"])
+    def test_a_suspect_runs_alone_a_minute_and_not_for_ever(self, start, gate, monkeypatch, suspects):
+        first = start(gate.registry, WORKERS=2)
+        jobs = [first.client.submit("wait", number) for number in range(2)]
+        for _ in jobs:
+            gate.begun.get(timeout=PATIENCE_SECONDS)
+        jobs.append(first.client.submit("quick", 2))
+        first.stop(0.0)
+        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2 WHERE seq < 3")
+        rows_of(first.path, f"UPDATE jobs SET crashes = 1 WHERE {suspects}")
+        monkeypatch.setattr(csp, "ALONE_SECONDS", 0.3)
+        client = start(gate.registry, WORKERS=4).client
+        assert client.finish(jobs[2])["data"] == 2  # while the others run, and nobody wakes the runner
+        eventually(lambda: [client.show(job)["attempts"] for job in jobs] == [3, 3, 1])
+        gate.open.set()
+        assert [client.finish(job)["data"] for job in jobs] == [0, 1, 2]
 
     def test_above_max_pending_a_submission_is_answered_503(self, start, gate):
         client = start(gate.registry, WORKERS=1, MAX_PENDING=3).client
@@ -6777,36 +5838,21 @@ class TestRunner:
         receiver.wait()
         first.stop()
         for job, days in zip(jobs, (9, 11, 400, 400)):
-            rows_of(
-                first.path,
-                "UPDATE jobs SET finished_timestamp = ? WHERE job_id = ?",
-                time.strftime("%Y-%m-%dT%H:%M:%S.000000", time.localtime(time.time() - days * 86_400)),
-                job["job_id"],
-            )
-        client = start(AUTO_CLEAR=True).client
-        eventually(lambda: client.get("/status").json["stats"]["complete"] == 2)
-        assert [client.get(f"/job/{job['job_id']}", key=ADMIN).status for job in jobs] == [200, 404, 404, 200]
+            rows_of(first.path, "UPDATE jobs SET finished_timestamp = ? WHERE job_id = ?",
+                    csp.timestamp(time.time() - days * 86_400), job["job_id"])
+        for settings, left in (({}, [200] * 4), ({"AUTO_CLEAR": True}, [200, 404, 404, 200])):
+            running = start(**settings)
 
-    def test_without_auto_clear_nothing_is_deleted(self, start):
-        first = start()
-        job = first.client.submit("echo", "hi")
-        first.stop()
-        rows_of(first.path, "UPDATE jobs SET finished_timestamp = '2001-01-01T00:00:00.000000'")
-        assert start().client.show(job)["data"] == ">hi"
+            def statuses(client=running.client):
+                return [client.get(f"/job/{job['job_id']}", key=ADMIN).status for job in jobs]
 
-
-def named_like(name, function):
-    function.__name__ = name
-    return function
+            eventually(lambda statuses=statuses, left=left: statuses() == left)
+            running.stop()
 
 
 STUBBORN_MODULE = """
-    import os, sys, threading
-    import csp
+    import threading
     import csp.job as job
-
-    csp.BUSY_SECONDS = 0.2
-    csp.BACKOFF_SECONDS = (0.2, 0.2)
 
     @job.asynchronous(timeout=0.2)
     def stuck(task_id, input):
@@ -6815,7 +5861,6 @@ STUBBORN_MODULE = """
     @job.asynchronous
     def threads(task_id, input):
         threading.Thread(target=threading.Event().wait, args=(120,)).start()
-        return "done"
 
     @job.synchronous(timeout=0.2)
     def stuck_in_the_request(task_id, input):
@@ -6824,134 +5869,139 @@ STUBBORN_MODULE = """
     @job.asynchronous
     def quick(task_id, input):
         return input.get("data")
-
-    @job.asynchronous(retries=3)
-    def flaky(task_id, input):
-        while not os.path.exists(input["data"]):
-            threading.Event().wait(0.01)
-        if not os.path.exists(input["data"] + ".failed"):
-            open(input["data"] + ".failed", "w").close()
-            raise ValueError("once")
-        return "at last"
     """
 
 
 @contextlib.contextmanager
-def locked_by_another_process(path):
-    """Hold SQLite's write lock from a process of its own."""
-    source = (
-        "import sqlite3, sys\nconnection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)\n"
-        "connection.execute('BEGIN IMMEDIATE')\nprint('locked', flush=True)\nsys.stdin.read()\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", source, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert process.stdout.readline().strip() == b"locked"
+def locked(path):
+    """Hold SQLite's write lock, as another program would."""
+    with opened(path) as other:
+        other.execute("BEGIN IMMEDIATE")
         yield
-    finally:
-        process.stdin.close()
-        process.wait(PATIENCE_SECONDS)
-        process.stdout.close()
+        other.execute("ROLLBACK")
+
+
+def count_commits(path):
+    """Count the commits in the write-ahead log (sqlite.org/fileformat2.html#walformat)."""
+    log = Path(str(path) + "-wal").read_bytes()
+    frames = range(32, len(log), 24 + int.from_bytes(log[8:12], "big"))
+    return sum(any(log[at + 4:at + 8]) and log[at + 8:at + 16] == log[16:24] for at in frames)
 
 
 class TestStopping:
     """SIGTERM ends the process within the grace period and five seconds, with 0, whatever jobs have left behind."""
 
-    @pytest.mark.parametrize("job_type", ["stuck", "threads", "stuck_in_the_request"])
-    def test_what_a_job_left_behind_does_not_keep_the_process(self, launch, job_type):
-        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "1"})
-        server.client.finish(server.client.submit(job_type))
+    @pytest.mark.parametrize("job_types", [[], ["threads"], ["stuck", "stuck_in_the_request", "quick"]],
+                             ids=["at once", "thread", "stuck and hung receiver"])
+    def test_what_a_job_left_behind_does_not_keep_the_process(self, launch, hung_url, job_types):
+        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "0.5"})
+        for job_type in job_types:
+            callback = {"result_url": hung_url} if job_type == "quick" else {}
+            server.client.finish(server.client.submit(job_type, **callback))
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(6.0) == 0
-
-    def test_a_hung_receiver_does_not_keep_the_process(self, launch, hung_url):
-        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "1"})
-        server.client.finish(server.client.submit("quick", result_url=hung_url))
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(6.0) == 0
-
-    def test_a_signal_that_comes_at_once_is_heard(self, launch):
-        for _ in range(5):
-            server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "1"})
-            server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(6.0) == 0
+        assert server.process.wait(5.5) == 0
 
     def test_idle_and_half_sent_connections_do_not_keep_the_process(self, launch):
-        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "1"})
-        with contextlib.ExitStack() as stack:
-            for data in (b"", b"GET / HT", b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{"):
-                connection = stack.enter_context(socket.create_connection((server.client.host, server.client.port)))
-                connection.sendall(data)
+        server = launch(STUBBORN_MODULE, environ={"CSP_GRACE_SECONDS": "0.5"})
+        with connections(server.url, (1, b""), (1, b"GET / HT"), (1, POST + b"Content-Length: 10\r\n\r\n{")):
             server.process.send_signal(signal.SIGTERM)
-            assert server.process.wait(6.0) == 0
-
-    def test_a_lone_job_past_its_timeout_ends_without_any_other_event(self, launch):
-        server = launch(STUBBORN_MODULE)
-        job = server.client.submit("stuck")
-        assert server.client.finish(job, 5.0)["status"] == "error"
+            assert server.process.wait(5.5) == 0
 
 
 class TestDiskTrouble:
-    """A lock of another process, and what runs meanwhile."""
+    """The disk refuses what jobs come to, and takes it later."""
 
-    def test_a_retry_that_falls_into_a_lock_is_still_a_retry(self, launch, tmp_path):
-        server, flag = launch(STUBBORN_MODULE), tmp_path / "go"
-        job = server.client.submit("flaky", str(flag))
-        eventually(lambda: server.client.show(job)["started_timestamp"])
-        with locked_by_another_process(tmp_path / "jobs.db"):
-            flag.touch()
-            eventually((tmp_path / "go.failed").exists)
-            assert server.client.post("/job", {"job_type": "quick", "api_key": "k"}).status == 503
-            assert server.client.post("/job", {"job_type": "quick", "api_key": "k"}).status == 503
-            assert server.client.show(job)["status"] == "pending"
-        ended = server.client.finish(job)
-        assert (ended["status"], ended["data"], ended["attempts"]) == ("complete", "at last", 2)
+    @pytest.fixture(autouse=True)
+    def short_waits(self, monkeypatch, impatient):
+        monkeypatch.setattr(csp, "BUSY_SECONDS", 0.1)
+        monkeypatch.setattr(csp, "RETRY_DISK_SECONDS", 0.1)
 
-    def test_a_lock_is_logged_once_and_over_by_itself(self, launch, tmp_path):
-        server = launch(STUBBORN_MODULE)
-        before = server.client.submit("quick", "before")
-        with locked_by_another_process(tmp_path / "jobs.db"):
-            for _ in range(3):
-                answer = server.client.post("/job", {"job_type": "quick", "api_key": "k"})
-                assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and answer.error.endswith(".")
-            for path in ("/status", "/job", "/user"):
-                assert server.client.get(path).status == 200
-            assert server.client.show(before)["sent_data"] == "before"
-        assert server.client.finish(server.client.submit("quick", "after"))["data"] == "after"
-        assert server.client.finish(before)["data"] == "before"
-        text = eventually(lambda: "can be written again" in server.log.read_text() and server.log.read_text())
-        assert text.count("cannot be written") == text.count("can be written again") == 1
+    @pytest.mark.parametrize("way, status, data, attempts", [
+        ("returns", "complete", "x", 1), ("raises", "complete", "again", 2), ("takes too long", "error", None, 1)])
+    def test_endings_that_the_disk_refuses_are_recorded_later(self, start, way, status, data, attempts):
+        begun, ended, go = queue.Queue(), queue.Queue(), threading.Event()
 
+        def work(task_id, input):
+            if go.is_set():
+                return "again"
+            begun.put(task_id)
+            assert go.wait(PATIENCE_SECONDS)
+            ended.put(task_id)
+            if way == "raises":
+                raise ValueError("no")
+            while way == "takes too long":
+                csp.util.check_cancelled(task_id)
+            return "x"
 
-def observed_batches(store, monkeypatch):
-    """Return a list that gets what the store commits from now on, but for the runner's looks at the queue."""
-    commit, batches = store._commit, []
+        running = start(registry_of(work, timeout=0.5 if way == "takes too long" else None, retries=1))
+        client = running.client
+        jobs = [client.submit("work") for _ in range(4)]
+        for _ in jobs:
+            begun.get(timeout=PATIENCE_SECONDS)
+        with locked(running.path):
+            go.set()
+            for _ in jobs:
+                ended.get(timeout=PATIENCE_SECONDS)
+            answers = [client.post("/job", {"job_type": "work", "api_key": "k"}).status for _ in range(2)]
+            assert answers == [503, 503] and client.show(jobs[0])["job_id"]
+            if way == "takes too long":
+                eventually(lambda: time.time() > epoch_of(client.show(jobs[-1])["started_timestamp"]) + 0.6)
+        for job in jobs:
+            job = client.finish(job)
+            assert (job["status"], job["data"], job["attempts"]) == (status, data, attempts)
+            assert status == "complete" or "timeout" in job["error"]["message"]
 
-    def observe(batch):
-        if any("claim_jobs" not in write.operation.__qualname__ for write in batch):
-            batches.append(batch)
-        commit(batch)
+    @pytest.mark.parametrize("path", ["/job", "/job/own"])
+    def test_a_synchronous_job_whose_ending_the_disk_refuses_is_answered_503(self, start, gate, monkeypatch, path):
+        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
+        add_synchronous(gate)
+        running = start(gate.registry)
+        answer = Later(running.client.post, path, {"job_type": "hold", "api_key": "k", "data": "x"})
+        gate.begun.get(timeout=PATIENCE_SECONDS)
+        with locked(running.path):
+            gate.open.set()
+            assert answer.result().status == 503
+        stats = {"pending": 0, "complete": 1, "error": 0}
+        eventually(lambda: running.client.get("/status").json["stats"] == stats)
 
-    monkeypatch.setattr(store, "_commit", observe)
-    return batches
+    def test_a_stream_whose_job_the_disk_refuses_is_answered_503_and_does_not_stay_pending(
+            self, start, gate, monkeypatch):
+        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
+        add_synchronous(gate)
+        running = start(gate.registry)
+        with locked(running.path):
+            assert running.client.post("/job", {"job_type": "stream", "api_key": "k"}).status == 503
+        stats = {"pending": 0, "complete": 0, "error": 1}
+        eventually(lambda: running.client.get("/status").json["stats"] == stats)
 
+    @pytest.mark.parametrize("is_refused", [False, True], ids=["stored", "refused at first"])
+    def test_a_synchronous_job_that_takes_long_is_shown_with_its_log_while_it_runs(self, start, is_refused):
+        registry, begun, go = csp.Registry(), queue.Queue(), threading.Event()
 
-class TestTrouble:
-    """What must not be lost, repeated or held up when something goes wrong at a bad moment."""
+        @registry.synchronous
+        def work(task_id, input):
+            logger = logger_of(task_id, input)
+            logger.warning("begun")
+            csp.util.set_progress(task_id, 0.5)
+            begun.put("/job/" + task_id)
+            assert go.wait(PATIENCE_SECONDS)
+            logger.warning("ended")
+            return "done"
 
-    @staticmethod
-    def ill(store, monkeypatch, *names):
-        """Let the named methods of the store say that the disk is ill, until the returned function is called."""
-        is_ill = [True]
-        for name in names:
-            method = getattr(store, name)
-
-            def fail(*arguments, method=method, **options):
-                if is_ill[0]:
-                    raise csp.Unavailable("The database cannot be written now.")
-                return method(*arguments, **options)
-
-            monkeypatch.setattr(store, name, fail)
-        return lambda: is_ill.__setitem__(0, False)
+        registry.asynchronous(named("other", lambda task_id, input: None))
+        running = start(registry)
+        client = running.client
+        with locked(running.path) if is_refused else contextlib.nullcontext():
+            answer = Later(client.submit, "work")
+            path = begun.get(timeout=PATIENCE_SECONDS)
+            if is_refused:
+                assert client.post("/job", {"job_type": "other", "api_key": "k"}).status == 503
+        eventually(lambda: client.get("/job").json["list"] == [path])
+        eventually(lambda: messages(client.get(path, key=ADMIN).json) == ["begun"])
+        eventually(lambda: client.get(path, key=ADMIN).json["progress"] == {"fraction": 0.5, "message": None})
+        go.set()
+        for job in (answer.result(), client.get(path, key=ADMIN).json):
+            assert (job["status"], job["data"], messages(job)) == ("complete", "done", ["begun", "ended"])
 
     def test_a_disk_that_was_ill_at_the_start_delays_what_was_running(self, start, gate, monkeypatch):
         first = start(gate.registry)
@@ -6959,312 +6009,106 @@ class TestTrouble:
         gate.wait_for(job)
         first.stop(0.0)
         rows_of(first.path, "UPDATE jobs SET run_at = NULL")
-        well = self.ill(csp.Store, monkeypatch, "record_ending")
-        second = start(gate.registry)
-        assert second.client.submit("quick", "y")["job_id"]
-        assert second.client.show(job)["status"] == "pending"
-        well()
         gate.open.set()
-        assert second.client.finish(job)["data"] == "x"
 
-    def test_outcomes_that_wait_for_the_disk_do_not_take_each_other_along(self, start, gate, monkeypatch):
-        running = start(gate.registry, WORKERS=4)
-        jobs = [running.client.submit("wait", number) for number in range(4)]
-        for job in jobs:
-            gate.wait_for(job)
-        well = self.ill(running.service.store, monkeypatch, "record_ending")
-        gate.open.set()
-        runner = running.service.runner
-        eventually(lambda: len(runner._unrecorded) == 4 and not runner.running)
-        runner._unrecorded.insert(0, lambda: 1 / 0)
-        well()
-        assert [running.client.finish(job)["data"] for job in jobs] == [0, 1, 2, 3]
+        def refuse(*arguments):
+            raise csp.Unavailable("The database cannot be written now.")
 
-    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("odd")], ids=["memory", "anything"])
-    def test_an_outcome_that_cannot_be_stored_is_an_error(self, start, monkeypatch, error):
-        running = start()
-        store = running.service.store
-        record_ending, is_first = store.record_ending, [True]
+        with monkeypatch.context() as ill:
+            ill.setattr(csp.Store, "record_ending", refuse)
+            client = start(gate.registry).client
+            assert client.submit("quick", "y")["job_id"] and client.show(job)["status"] == "pending"
+        assert client.finish(job)["data"] == "x"
 
-        def fail(*arguments):
-            if is_first.pop() if is_first else False:
-                raise error
-            return record_ending(*arguments)
+    def test_a_job_that_logs_at_the_root_does_not_stop_the_writer(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "MAX_UNSTORED_CHARACTERS", 10_000)
+        monkeypatch.setattr(logging.getLogger("csp"), "propagate", True)
+        begun, go = threading.Event(), threading.Event()
 
-        monkeypatch.setattr(store, "record_ending", fail)
-        job = running.client.finish(running.client.submit("async_echo", "x"))
-        assert job["status"] == "error" and job["error"]["message"] in ("MemoryError", "odd")
-        eventually(lambda: running.service.runner.running == 0)
-
-    @pytest.mark.parametrize(
-        "field, value", [("lineno", 2**70), ("lineno", "x"), ("levelname", None), ("module", "\ud800")], ids=str
-    )
-    def test_a_log_record_of_any_shape_is_stored(self, start, field, value):
-        registry = csp.Registry()
-
-        @registry.asynchronous
         def work(task_id, input):
-            record = logging.LogRecord("x", logging.INFO, "", 7, "a message", (), None)
-            setattr(record, field, value)
-            csp.StoringHandler(task_id, input).emit(record)
+            logging.getLogger().addHandler(csp.StoringHandler(task_id, input))
+            for number in range(1000):
+                logging.getLogger("test_csp.chatty").warning("line %d", number)
+                if number == 500:
+                    begun.set()
+                    assert go.wait(PATIENCE_SECONDS)
             return "done"
 
-        client = start(registry).client
-        job = client.finish(client.submit("work"))
-        assert (job["data"], messages(job)) == ("done", ["a message"])
+        running = start(registry_of(work))
+        job = running.client.submit("work")
+        assert begun.wait(PATIENCE_SECONDS)
+        with locked(running.path):
+            go.set()
+            eventually(lambda: running.client.post("/job", {"job_type": "work", "api_key": "k"}).status == 503)
+        assert running.client.finish(job)["data"] == "done"
 
-    def test_lines_of_an_operation_that_fails_are_not_lost(self, store):
-        job = claim(store, add_job(store, "a"))
-        run = csp.Run(job.job_id, job.seq, 1, lambda run, is_log: None)
-        run.add_message("INFO", "good")
-        run.add_line(csp.LogLine("t", "bad", "INFO", "m", "f", 2**70))
-        store.save_output(run)
-        store.take_seq()
-        add_job(store, "b")  # behind it
-        assert [line.message for line in run.peek().lines] == ["good", "bad"]
-
-    def test_a_callback_that_fails_in_an_odd_way_keeps_to_the_schedule(self, start, receiver, monkeypatch):
-        running = start()
-        render, attempts = csp.render_job, []
-
-        def odd(job, *arguments, **options):
-            if job.job_id == "odd" and not options.get("callback_error", True):
-                attempts.append(time.time())
-                raise MemoryError
-            return render(job, *arguments, **options)
-
-        monkeypatch.setattr(csp, "render_job", odd)
-        odd_job = running.client.submit("async_echo", "x", job_id="odd", result_url=receiver.url)
-        running.client.finish(odd_job)
-        eventually(lambda: running.client.show(odd_job)["callback"]["attempts"] >= 1)
-        for number in range(3):
-            running.client.submit("async_echo", str(number), result_url=receiver.url)
-        receiver.wait(3)
-        shown = running.client.show(odd_job)["callback"]
-        assert shown["error"].startswith("MemoryError") and len(attempts) <= shown["attempts"] + 1 < 6
-
-    def test_the_callbacks_thread_outlives_whatever_happens_to_it(self, start, receiver, monkeypatch):
-        running = start()
-        callbacks, store = running.service.callbacks, running.service.store
-        list_due, submit = store.list_due_callbacks, callbacks._pool.submit
-        troubles = [sqlite3.DatabaseError("malformed"), RuntimeError("can't start new thread")]
-
-        def failing_list(*arguments):
-            if len(troubles) == 2:
-                raise troubles.pop(0)
-            return list_due(*arguments)
-
-        def failing_submit(*arguments):
-            if len(troubles) == 1:
-                raise troubles.pop(0)
-            return submit(*arguments)
-
-        monkeypatch.setattr(store, "list_due_callbacks", failing_list)
-        monkeypatch.setattr(callbacks._pool, "submit", failing_submit)
-        running.client.submit("async_echo", "x", result_url=receiver.url)
-        receiver.wait(1)
-        assert troubles == [] and callbacks._thread.is_alive()
-
-    def test_a_delivered_callback_is_written_down_and_not_sent_again_while_the_disk_is_ill(
-        self, start, receiver, monkeypatch
-    ):
-        running = start()
-        refused = []
+    def test_a_delivered_callback_is_not_sent_again_while_the_disk_is_ill(self, start, receiver, monkeypatch):
+        running, refused = start(), []
         mark_callback = running.service.store.mark_callback
 
-        def fail(*arguments):
-            if len(refused) < 2:
+        def refuse_once(*arguments):
+            if not refused:
                 refused.append(arguments)
                 raise csp.Unavailable("The database cannot be written now.")
             return mark_callback(*arguments)
 
-        monkeypatch.setattr(running.service.store, "mark_callback", fail)
+        monkeypatch.setattr(running.service.store, "mark_callback", refuse_once)
         job = running.client.submit("async_echo", "x", result_url=receiver.url)
-        eventually(lambda: (running.client.show(job)["callback"] or {}).get("status") == "delivered")
-        assert len(receiver.received) == 1 and len(refused) == 2
+        callback_of(running.client, job, status="delivered")
+        assert len(receiver.received) == 1 and refused
 
-    def test_a_callback_made_due_anew_is_not_ended_by_the_attempt_under_way(self, start, receiver):
-        running, go = start(), threading.Event()
+    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("odd")], ids=["memory", "anything"])
+    def test_an_outcome_that_cannot_be_stored_is_an_error(self, start, monkeypatch, error):
+        running, errors = start(WORKERS=1), [error]
+        record_ending = running.service.store.record_ending
 
-        def answer(number):
-            if number == 0:
-                go.wait(PATIENCE_SECONDS)
-                return 410, {}
-            return 200, {}
+        def fail_once(*arguments):
+            if errors:
+                raise errors.pop()
+            return record_ending(*arguments)
 
-        receiver.answers = answer
-        job = running.client.submit("async_echo", "x", result_url=receiver.url)
-        receiver.wait(1)
-        sent = running.client.post(f"/job/{job['job_id']}/callback", {"api_key": "a-new-key"}, key=job["job_key"])
-        assert sent.json["callback"]["status"] == "pending"
-        go.set()
-        received = receiver.wait(2)
-        assert received[1][0]["Authorization"] == "a-new-key"
-        eventually(lambda: running.client.show(job)["callback"]["status"] == "delivered")
+        monkeypatch.setattr(running.service.store, "record_ending", fail_once)
+        job = running.client.finish(running.client.submit("async_echo", "x"))
+        assert job["status"] == "error" and job["error"]["message"] in ("MemoryError", "odd")
+        assert running.client.finish(running.client.submit("async_echo", "x"))["data"] == ">x"
 
-    def test_a_job_that_could_not_be_started_runs_once(self, start, monkeypatch):
-        registry, ran = csp.Registry(), []
-        registry.asynchronous(at_most_once=True)(named_like("once", lambda task_id, input: ran.append(task_id)))
-        running = start(registry)
-        submit = running.service.runner._pool.submit
-        refused = []
+    def test_reading_after_the_end_is_refused_and_does_not_hang(self, tmp_path):
+        with stored_in(tmp_path / "jobs.db") as store:
+            store.close()
+            with pytest.raises(csp.Unavailable):
+                store.get_job("a")
 
-        def fail(*arguments):
-            future = submit(*arguments)
-            if not refused:
-                refused.append(future)
-                raise RuntimeError("can't start new thread")
-            return future
 
-        monkeypatch.setattr(running.service.runner._pool, "submit", fail)
-        job = running.client.finish(running.client.submit("once"))
-        refused[0].result(PATIENCE_SECONDS)
-        assert job["status"] == "complete" and ran == [job["job_id"]] and running.service.runner.running == 0
+class TestTrouble:
+    """What must not be lost, repeated or held up when something goes wrong at a bad moment."""
 
-    def test_a_connection_for_which_there_is_no_thread_holds_nobody_up(self, start, monkeypatch):
-        running = start()
-        begin, is_first = threading.Thread.start, [True]
+    def test_a_synchronous_job_that_ends_soon_costs_one_commit(self, start, monkeypatch):
+        running, texts = start(), ("hi", "&hi", ">hi", "#hi")
+        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
+        before = count_commits(running.path)
+        jobs = [running.client.submit("echo", text, metadata={"a": 1}) for text in texts]
+        assert count_commits(running.path) == before + 4
+        shown = [running.client.show(job) for job in jobs]
+        assert [job["status"] for job in shown] == ["complete", "complete", "error", "error"]
+        assert [messages(job) for job in shown] == [[], ["just a warning"], [], []]
+        assert running.client.get("/job?a=1").json["list"] == [f"/job/{job['job_id']}" for job in reversed(jobs)]
+        assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 2}
 
-        def fail(thread):
-            if thread.name == "csp-connection" and is_first:
-                is_first.clear()
-                raise RuntimeError("can't start new thread")
-            begin(thread)
+    def test_a_large_synchronous_job_is_held_longer(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "HOLD_SECONDS_PER_CHARACTER", 60.0 / 2**21)
+        registry, never = csp.Registry(), threading.Event()
 
-        monkeypatch.setattr(threading.Thread, "start", fail)
-        assert b"503" in raw_exchange(running.client.url, b"GET /status HTTP/1.1\r\nHost: a\r\n\r\n")
-        for _ in range(3):
-            assert running.client.get("/status").status == 200
-        eventually(lambda: running.server._connections == 0)
-
-    def test_a_suspect_waits_for_others_a_minute_and_not_for_ever(self, start, gate, monkeypatch):
-        first = start(gate.registry, WORKERS=4)
-        jobs = [first.client.submit("wait", number) for number in range(2)]
-        for job in jobs:
-            gate.wait_for(job)
-        first.stop(0.0)
-        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2, crashes = 1")
-        monkeypatch.setattr(csp, "ALONE_SECONDS", 0.5)
-        second = start(gate.registry, WORKERS=4)
-        quick = second.client.submit("quick", "x")
-        assert second.client.finish(quick)["data"] == "x"  # while both suspects run
-        assert [second.client.show(job)["attempts"] for job in jobs] == [3, 3]
-        gate.open.set()
-        assert [second.client.finish(job)["data"] for job in jobs] == [0, 1]
-
-    def test_what_waits_behind_a_suspect_that_is_not_the_first_is_not_forgotten(self, start, gate, monkeypatch):
-        first = start(gate.registry, WORKERS=4)
-        jobs = [first.client.submit("wait", number) for number in range(2)]
-        for job in jobs:
-            gate.wait_for(job)
-        jobs.append(first.client.submit("quick", "x", job_id="later"))
-        first.stop(0.0)
-        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2 WHERE job_type = 'wait'")
-        rows_of(first.path, "UPDATE jobs SET crashes = 1 WHERE job_id = ?", jobs[1]["job_id"])
-        rows_of(
-            first.path,
-            "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, run_at = ? WHERE job_id = 'later'",
-            time.time(),
-        )
-        monkeypatch.setattr(csp, "ALONE_SECONDS", 0.5)
-        second = start(gate.registry, WORKERS=4)
-        assert second.client.finish(jobs[2])["data"] == "x"  # while the others run, and nobody wakes the runner
-        assert [second.client.show(job)["attempts"] for job in jobs[:2]] == [3, 3]
-        gate.open.set()
-        assert [second.client.finish(job)["data"] for job in jobs[:2]] == [0, 1]
-
-    def test_nothing_is_begun_any_more_when_the_service_is_told_to_stop(self, start, gate):
-        running = start(gate.registry, WORKERS=1)
-        jobs = [running.client.submit("wait", number) for number in range(3)]
-        gate.wait_for(jobs[0])
-        running.service.release()
-        gate.open.set()
-        assert running.client.finish(jobs[0])["status"] == "complete"
-        running.stop(0.5)
-        assert rows_of(running.path, "SELECT attempts FROM jobs ORDER BY seq") == [(1,), (0,), (0,)]
-
-    def test_an_orderly_stop_is_no_crash_and_no_failure(self, start, gate):
-        registry, fails = csp.Registry(), []
-        wait = gate.registry.get("wait").function
-
-        def work(task_id, input):
-            if gate.open.is_set() and not fails:
-                fails.append(1)
-                raise ValueError("the first failure")
-            return wait(task_id, input)
-
-        registry.asynchronous(retries=1)(named_like("work", work))
-        running = start(registry)
-        job = running.client.submit("work", "x")
-        for _ in range(4):
-            gate.wait_for(job)
-            running.stop(0.0)
-            running = start(registry)
-        gate.wait_for(job)
-        running.stop(0.0)
-        rows_of(running.path, "UPDATE jobs SET run_at = NULL")  # and then one crash
-        gate.open.set()
-        ended = start(registry).client.finish(job)
-        assert (ended["status"], ended["data"], len(fails)) == ("complete", "x", 1)
-
-    def test_a_clock_that_is_set_back_makes_nobody_wait(self, start, receiver):
-        first = start()
-        job = first.client.submit("async_echo", "x")
-        first.client.finish(job)
-        first.stop()
-        ahead = time.time() + 3600
-        rows_of(
-            first.path, "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, attempts = 0, run_at = ?", ahead
-        )
-        second = start()
-        assert second.client.finish(job)["status"] == "complete"
-        second.stop()
-        rows_of(
-            first.path,
-            "UPDATE jobs SET result_url = ?, callback_host = ?, callback_status = 'pending', callback_at = ?",
-            receiver.url,
-            csp.callback_host(receiver.url),
-            time.time() + 10**6,
-        )
-        start()
-        receiver.wait(1)
-
-    def test_a_job_that_logs_at_the_root_does_not_stop_the_writer(self, start, tmp_path):
-        registry = csp.Registry()
-
-        @registry.asynchronous
-        def chatty(task_id, input):
-            logging.getLogger().addHandler(csp.StoringHandler(task_id, input))
-            for number in range(3 * 10_000):
-                logging.getLogger("chatty").warning("line %d", number)
-            return "done"
+        @registry.synchronous
+        def slow(task_id, input):
+            never.wait(10 * csp.HOLD_SECONDS)
+            return len(input["data"])
 
         running = start(registry)
-        job = running.client.submit("chatty")
-        with locked_by_another_process(running.path):
-            eventually(lambda: running.service.store._trouble or running.client.show(job)["status"] != "pending")
-        assert running.client.finish(job)["data"] == "done"
-
-    def test_the_lock_dies_with_the_process_though_a_job_has_forked(self, launch, tmp_path):
-        source = """
-            import os, time
-            import csp.job as job
-
-            @job.synchronous
-            def fork(task_id, input):
-                child = os.fork()
-                if not child:
-                    time.sleep(60)
-                    os._exit(0)
-                return child
-            """
-        process = launch(source)
-        child = process.client.submit("fork")["data"]
-        try:
-            process.kill()
-            assert launch(source).client.get("/status").status == 200
-        finally:
-            os.kill(child, signal.SIGKILL)
+        counts = [count_commits(running.path)]
+        for size in (2**21, 1):
+            assert running.client.submit("slow", "x" * size)["data"] == size
+            counts.append(count_commits(running.path))
+        assert counts == [counts[0], counts[0] + 1, counts[0] + 3]
 
     def test_threads_take_turns_more_often_while_a_job_runs_for_long(self, launch):
         client = launch(
@@ -7288,148 +6132,89 @@ class TestTrouble:
         client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
         eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0]))
 
-    def test_a_synchronous_job_that_ends_soon_costs_one_commit(self, start, monkeypatch):
-        running = start()
-        batches = observed_batches(running.service.store, monkeypatch)
-        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
-        jobs = [running.client.submit("echo", text, metadata={"a": 1}) for text in ("hi", "&hi", ">hi", "#hi")]
-        assert len(batches) == 4
-        shown = [running.client.show(job) for job in jobs]
-        assert [job["status"] for job in shown] == ["complete", "complete", "error", "error"]
-        assert [messages(job) for job in shown] == [[], ["just a warning"], [], []]
-        assert running.client.get("/job?a=1").json["list"] == [f"/job/{job['job_id']}" for job in reversed(jobs)]
-        assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 2, "error": 2}
-
-    def test_a_large_synchronous_job_is_written_once_however_long_its_text_takes(self, start, monkeypatch):
-        running, changed = start(), threading.Event()
-        batches = observed_batches(running.service.store, monkeypatch)
-        monkeypatch.setattr(csp, "HOLD_SECONDS_PER_CHARACTER", 60.0 / 2**21)
-
-        @running.service.registry.synchronous
-        def slow(task_id, input):
-            changed.wait(10 * csp.HOLD_SECONDS)
-            return len(input["data"])
-
-        assert running.client.submit("slow", "x" * 2**21)["data"] == 2**21 and len(batches) == 1
-        assert running.client.submit("slow", "x")["data"] == 1 and len(batches) == 3
-
-    @staticmethod
-    def refuse_once(store, operation, monkeypatch):
-        """Let the disk refuse the first transaction with such an operation; return an event that says that it has."""
-        refused, run_transaction = threading.Event(), store._run_transaction
-
-        def run(batch):
-            if not refused.is_set() and any(operation in write.operation.__qualname__ for write in batch):
-                refused.set()
-                raise sqlite3.OperationalError("database is locked")
-            return run_transaction(batch)
-
-        monkeypatch.setattr(store, "_run_transaction", run)
-        return refused
-
-    def test_a_synchronous_job_that_the_disk_did_not_take_while_it_ran_is_stored_in_a_while(self, start, monkeypatch):
-        running = start()
-        failed = self.refuse_once(running.service.store, "_insert_held", monkeypatch)
-
-        @running.service.registry.synchronous
-        def slow(task_id, input):
-            logger = logging.getLogger(task_id)
-            logger.addHandler(csp.StoringHandler(task_id, input))
-            logger.warning("before")
-            assert failed.wait(PATIENCE_SECONDS)
-            logger.warning("after")
-            csp.util.set_progress(task_id, 0.5)
-            eventually(lambda: running.service.store.get_job(task_id))
-            return "done"
-
-        job = running.client.submit("slow")
-        shown = running.client.show(job)
-        assert (job["status"], job["data"]) == ("complete", "done") and shown["data"] == "done"
-        assert messages(job) == messages(shown) == ["before", "after"] and shown["progress"]["fraction"] == 0.5
-        assert running.client.get("/status").json["stats"] == {"pending": 0, "complete": 1, "error": 0}
-
-    def test_a_stream_whose_job_the_disk_refuses_is_answered_503_and_does_not_stay_pending(self, start, monkeypatch):
-        running = start()
-        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
-        self.refuse_once(running.service.store, "_insert_held", monkeypatch)
-        running.service.registry.synchronous(lambda_named("stream", lambda task_id, input: lambda: iter(["part"])))
-        assert running.client.post("/job", {"job_type": "stream", "api_key": "k"}).status == 503
-        stats = {"pending": 0, "complete": 0, "error": 1}
-        eventually(lambda: running.client.get("/status").json["stats"] == stats)
-        assert running.service.runner.running == 0
-
-    @pytest.mark.parametrize("path", ["/job", "/job/own"])
-    def test_the_outcome_of_a_synchronous_job_that_the_disk_refused_is_recorded_soon(self, start, monkeypatch, path):
-        running = start()
-        refused = self.refuse_once(running.service.store, "record_ending", monkeypatch)
-        assert running.client.post(path, {"job_type": "echo", "api_key": "k", "data": "x"}).status == 503
-        assert refused.is_set()
-        stats = {"pending": 0, "complete": 1, "error": 0}
-        eventually(lambda: running.client.get("/status").json["stats"] == stats)
-
-    def test_an_operation_that_is_undone_leaves_no_counts(self, store):
-        def operation(transaction):
-            csp._insert_job(transaction, make_job(store, "a"))
-            raise ValueError("odd")
-
-        write = csp.Write(operation)
-        store._commit([write])
-        assert isinstance(result_of(write), ValueError) and not any(store.count_jobs().values())
-        assert store.get_job("a") is None
-
-    def test_lines_of_a_job_whose_deletion_is_undone_are_kept(self, store, monkeypatch):
-        job = claim(store, add_job(store, "a"))
-        run = csp.Run("a", job.seq, job.attempts, lambda run, is_log: None)
-        run.add_line(csp.LogLine("", "kept", "INFO", "", "", 0))
-        operations = [lambda transaction: transaction.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))]
-        with monkeypatch.context() as patch:
-            patch.setattr(store, "_enqueue", lambda operation, *_: operations.append(operation))
-            store.save_output(run)
-
-        def fail(transaction):
-            raise sqlite3.OperationalError("database is locked")
-
-        store._commit([csp.Write(operation) for operation in (*operations, fail)])
-        assert [line.message for line in run.peek().lines] == ["kept"] and store.get_job("a") is not None
-
-    def test_a_synchronous_job_that_takes_longer_is_shown_with_its_log_while_it_runs(self, start):
-        registry, go = csp.Registry(), threading.Event()
-
-        @registry.synchronous
+    @pytest.mark.parametrize("field, value", [
+        ("lineno", 2**70), ("lineno", "x"), ("levelname", None), ("module", "\ud800")], ids=str)
+    def test_a_log_record_of_any_shape_is_stored(self, desk, field, value):
         def work(task_id, input):
-            logger = logging.getLogger(task_id)
-            logger.addHandler(csp.StoringHandler(task_id, input))
-            logger.warning("begun")
-            csp.util.set_progress(task_id, 0.5)
-            go.wait(PATIENCE_SECONDS)
-            logger.warning("ended")
+            record = logging.LogRecord("x", logging.INFO, "", 7, "a message", (), None)
+            setattr(record, field, value)
+            csp.StoringHandler(task_id, input).emit(record)
             return "done"
 
-        client = start(registry).client
-        posting = threading.Thread(target=client.submit, args=("work",))
-        posting.start()
-        path = eventually(lambda: client.get("/job").json["list"])[0]
-        eventually(lambda: messages(client.get(path, key=ADMIN).json) == ["begun"])
-        eventually(lambda: client.get(path, key=ADMIN).json["progress"] == {"fraction": 0.5, "message": None})
-        go.set()
-        posting.join()
-        job = client.get(path, key=ADMIN).json
-        assert (job["data"], messages(job)) == ("done", ["begun", "ended"])
+        job = desk.run(work)
+        assert (job["data"], messages(job)) == ("done", ["a message"])
 
-    def test_new_jobs_of_one_commit_are_all_stored_whatever_is_wrong_with_one(self, store):
-        good = [make_job(store, f"good-{number}", metadata='{"n": 1}' if number % 3 else None) for number in range(75)]
-        bad = make_job(store, "bad", requested_timestamp="\ud800")
-        taken = make_job(store, "good-1")
-        jobs = [*good[:40], bad, taken, *good[40:]]
-        operations = [
-            csp.Write(lambda transaction, job=job: csp._insert_job(transaction, job, is_plain=job is not taken))
-            for job in jobs
-        ]
-        store._commit(operations)
-        failed = {job.job_id: type(result_of(write)) for job, write in zip(jobs, operations) if result_of(write)}
-        assert failed == {"bad": ValueError, "good-1": csp.Conflict}
-        assert store.count_jobs()["pending"] == 75 == len(store.list_jobs(100))
-        assert len(store.list_jobs(100, metadata=[("n", "1")])) == 50
+    def test_a_stream_that_another_thread_closes_ends_its_job(self, desk):
+        desk.function = lambda task_id, input: lambda: iter(["a", "b", "c"])
+        body = json.dumps({"job_type": "now", "api_key": "k"}).encode()
+        response = desk.service.handle(csp.Request("POST", "/job/it", {"content-type": "application/json"}, body))
+        in_threads(1, lambda _: response.body.close())
+        assert show(desk.client, "it")["status"] == "error"
+
+    def test_a_job_that_could_not_be_started_runs_once(self, start, monkeypatch):
+        ran, refused = [], []
+        running = start(registry_of(lambda task_id, input: ran.append(task_id), at_most_once=True))
+        submit = running.service.runner._pool.submit
+
+        def take_and_fail(*arguments):
+            future = submit(*arguments)
+            if not refused:
+                refused.append(future)
+                raise RuntimeError("can't start new thread")
+            return future
+
+        monkeypatch.setattr(running.service.runner._pool, "submit", take_and_fail)
+        job = running.client.finish(running.client.submit("work"))
+        refused[0].result(PATIENCE_SECONDS)
+        assert job["status"] == "complete" and ran == [job["job_id"]]
+
+    def test_the_lock_dies_with_the_process_though_a_job_has_forked(self, launch, tmp_path):
+        source = """
+            import os, time
+            import csp.job as job
+
+            @job.synchronous
+            def fork(task_id, input):
+                child = os.fork()
+                if not child:
+                    time.sleep(60)
+                    os._exit(0)
+                return child
+            """
+        process = launch(source)
+        child = process.client.submit("fork")["data"]
+        try:
+            process.kill()
+            assert launch(source).client.get("/status").status == 200
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+    def test_a_clock_that_is_set_back_makes_nobody_wait(self, start, receiver):
+        first = start()
+        job = first.client.finish(first.client.submit("async_echo", "x"))
+        job["job_key"] = rows_of(first.path, "SELECT job_key FROM jobs")[0][0]
+        first.stop()
+        rows_of(first.path, "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, attempts = 0, run_at = ?",
+                time.time() + 3600)
+        second = start()
+        assert second.client.finish(job)["status"] == "complete"
+        second.stop()
+        rows_of(first.path,
+                "UPDATE jobs SET result_url = ?, callback_host = ?, callback_status = 'pending', callback_at = ?",
+                receiver.url, csp.callback_host(receiver.url), time.time() + 10**6)
+        start()
+        receiver.wait(1)
+
+    def test_a_callback_made_due_anew_is_not_ended_by_the_attempt_under_way(self, client, receiver):
+        go = threading.Event()
+        receiver.answers = lambda number: (200 if number else 410 if go.wait(PATIENCE_SECONDS) else 500, {})
+        job = client.submit("async_echo", "x", result_url=receiver.url)
+        receiver.wait(1)
+        sent = client.post(f"/job/{job['job_id']}/callback", {"api_key": "a-new-key"}, key=job["job_key"])
+        assert sent.json["callback"]["status"] == "pending"
+        go.set()
+        assert receiver.wait(2)[1][0]["Authorization"] == "a-new-key"
+        callback_of(client, job, status="delivered")
 
     def test_a_field_of_blanks_is_parsed_in_no_time(self):
         head = b"GET / HTTP/1.1\r\nHost: a\r\nX:" + b" " * 65_000 + b"\x01"
@@ -7438,19 +6223,24 @@ class TestTrouble:
             csp.parse_head(head, csp.Settings({"MAX_HEADER_BYTES": 2**20}))
         assert time.thread_time() - begun < 1.0
 
-    def test_a_page_of_comments_is_recognised_in_no_time(self):
-        import jobs_example
+    def test_a_body_that_is_announced_and_does_not_come_is_not_waited_for(self, start):
+        url = start(BODY_SECONDS=1, BODY_BYTES_PER_SECOND=1).client.url  # no setting makes it faster
 
-        pattern = jobs_example._MARKUP[0][0]
-        begun = time.thread_time()
-        assert not pattern.match(b"<!---->" * 140 + b"x") and pattern.match(b"<!---->" * 140 + b"<html>")
-        assert time.thread_time() - begun < 1.0
+        def post(number):
+            head = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\nx"
+            answer = raw_exchange(url, head % (1000, 2**22)[number], timeout=20.0)
+            assert answer.startswith(b"HTTP/1.1 408 ")
 
-    @pytest.mark.parametrize("length", [1000, 2**22], ids=["small", "large"])
-    def test_a_body_that_is_announced_and_does_not_come_is_not_waited_for(self, start, length):
-        running = start(BODY_SECONDS=1, BODY_BYTES_PER_SECOND=1)
-        head = b"POST /job HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\nx"
-        assert raw_exchange(running.client.url, head % length, timeout=20.0).startswith(b"HTTP/1.1 408 ")
+        in_threads(2, post)
+
+    @pytest.mark.parametrize("method, path, status", [
+        ("GET", "/job/<job_id>", 404), ("DELETE", "/job/<job_id>", 404), ("GET", "/job/<job_id>/data", 404),
+        ("PUT", "/job/<job_id>", 409), ("GET", "/job?_type=echo&_offset=9223372036854775807", 409),
+        ("GET", "/job?" + "&".join(f"k{number}=1" for number in range(11)), 409),
+        ("GET", "/job?" + "&".join(["k=1"] * 40), 200),
+    ], ids=["get", "delete", "data", "put", "large offset", "many filters", "one filter often"])
+    def test_an_odd_address_has_its_answer(self, client, method, path, status):
+        assert client.request(method, path).status == status
 
     def test_asking_for_a_login_is_no_guess_of_a_password(self, client):
         for _ in range(2 * csp.FREE_FAILURES):
@@ -7460,16 +6250,6 @@ class TestTrouble:
     def test_a_form_that_is_too_large_is_refused_before_it_is_taken_apart(self, client):
         answer = client.request("POST", "/login", "username=" + "%41" * 100_000, FORM)
         assert answer.status == 413 and "form" in answer.error
-
-    @pytest.mark.parametrize("method, more", [("GET", ""), ("DELETE", ""), ("PUT", ""), ("GET", "/data")])
-    def test_the_name_of_a_place_in_an_address_is_an_id_like_others(self, client, method, more):
-        answer = raw_exchange(client.url, f"{method} /job/<job_id>{more} HTTP/1.0\r\n\r\n".encode())
-        assert answer.split(b" ", 2)[1] == (b"409" if method == "PUT" else b"404")
-
-    def test_bounds_of_lists_are_said(self, client):
-        assert client.get("/job?_type=echo&_offset=9223372036854775807").status == 409
-        assert client.get("/job?" + "&".join(f"k{number}=1" for number in range(11))).status == 409
-        assert client.get("/job?" + "&".join(["k=1"] * 40)).status == 200
 
     def test_a_media_type_that_no_header_can_carry_is_not_used(self, client):
         job = client.submit("echo", "x", metadata={"mimetype": 'text/plain; a="\u20ac"'})
@@ -7482,48 +6262,13 @@ class TestTrouble:
             client.get("/logout", Cookie=cookie, **{"Sec-Fetch-Site": site})
             assert (client.get("/user", Cookie=cookie).json["id"] == 0) == is_admin
 
-    def test_addresses_of_ipv4_are_told_apart_on_a_socket_for_both_families(self):
-        groups = [csp._address_group(address) for address in ("::ffff:10.0.0.1", "::ffff:10.0.0.2", "2001:db8::1")]
-        assert groups == ["10.0.0.1", "10.0.0.2", "2001:db8::/64"]
-
-    def test_a_timeout_is_kept_while_the_disk_is_ill(self, start, monkeypatch):
-        registry, stopped = csp.Registry(), threading.Event()
-
-        def work(task_id, input):
-            while True:
-                try:
-                    csp.util.check_cancelled(task_id)
-                except csp.JobCancelled:
-                    stopped.set()
-                    raise
-                threading.Event().wait(0.01)
-
-        registry.asynchronous(timeout=0.2)(named_like("work", work))
-        running = start(registry)
-        job = running.client.submit("work")
-        eventually(lambda: running.service.runner.running == 1)
-        well = self.ill(running.service.store, monkeypatch, "record_ending", "claim_jobs")
-        assert stopped.wait(PATIENCE_SECONDS)
-        well()
-        assert "timeout" in running.client.finish(job)["error"]["message"]
-
-    def test_reading_after_the_end_is_refused_and_does_not_hang(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(csp, "BUSY_SECONDS", 0.1)
-        store = csp.Store(str(tmp_path / "jobs.db"))
-        store.close()
-        with pytest.raises(csp.Unavailable):
-            store.get_job("a")
-
-    def test_a_stream_that_another_thread_closes_ends_its_job(self, start):
-        registry = csp.Registry()
-        registry.synchronous(named_like("stream", lambda task_id, input: lambda: iter(["a", "b", "c"])))
-        running = start(registry)
-        body = json.dumps({"job_type": "stream", "api_key": "k"}).encode()
-        response = running.service.handle(csp.Request("POST", "/job/it", {"content-type": "application/json"}, body))
-        closing = threading.Thread(target=response.body.close)
-        closing.start()
-        closing.join()
-        assert running.client.get("/job/it", key=ADMIN).json["status"] == "error"
+    def test_ipv4_clients_of_a_socket_for_both_families_are_throttled_one_by_one(self):
+        throttle = csp.LoginThrottle(lambda: 0.0)
+        for _ in range(csp.FREE_FAILURES + 1):
+            throttle.note("::ffff:10.0.0.1", False)
+        throttle.check("::ffff:10.0.0.2")
+        with pytest.raises(csp.TooManyRequests):
+            throttle.check("10.0.0.1")
 
 
 DOCUMENTED_MODULE = """
@@ -7576,14 +6321,15 @@ def leave(task_id, input):
 def no_json(task_id, input):
     return {1, 2}
 
-@job.asynchronous
-def binary(task_id, input):
-    return bytes(range(256))
-
 @job.synchronous
 def stream(task_id, input):
     return lambda: iter(["one ", b"two"])
 """
+MODULES = {
+    "jobs": RUN_MODULE, "same_names": RUN_MODULE, "broken_settings": "NAME = ", "failing_settings": "NAME = nothing",
+    "broken_module": "def f(:", "failing_module": "nothing", "needs_more": "import not_installed_here",
+    "bad_option": "import csp.job as job\n\n@job.asynchronous(retires=3)\ndef x(a, b):\n    pass\n",
+}
 
 COMMON_LOG = re.compile(
     r"(\S+) - - \[(\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4})\] "
@@ -7597,17 +6343,18 @@ def assert_one_sentence(done, *words):
     assert done.stdout == "" and "Traceback" not in done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("csp: ") and lines[0].endswith((".", "]", "'")), lines
-    for word in words:
-        assert str(word) in lines[0]
+    assert not [word for word in words if str(word) not in lines[0]], lines
 
 
 @pytest.fixture
 def command(tmp_path):
-    """Return a function that runs csp.py in tmp_path, where ``jobs`` is a job module made of RUN_MODULE."""
-    (tmp_path / "jobs.py").write_text(RUN_MODULE)
+    """Return a function that runs ``python -m csp`` in tmp_path, where MODULES are."""
+    for name, source in MODULES.items():
+        (tmp_path / f"{name}.py").write_text(source)
 
-    def run(*arguments, **options):
-        return run_command(*arguments, cwd=tmp_path, **options)
+    def run(*arguments, input=None, **environ):
+        environ = {"PYTHONPATH": str(HERE), "PYTHONUTF8": "1", **environ}
+        return run_command(*arguments, program=("-m", "csp"), cwd=tmp_path, input=input, environ=environ)
 
     return run
 
@@ -7615,23 +6362,14 @@ def command(tmp_path):
 class TestCommandLine:
     """What people type, and what they get."""
 
-    def test_it_runs_as_a_module(self, command):
-        result = command(
-            "--jobs", "jobs", "--run", "work", '"x"', program=("-m", "csp"), environ={"PYTHONPATH": str(HERE)}
-        )
-        assert (result.returncode, result.stdout.strip()) == (0, "x"), result.stderr
-
-    def test_the_banner_says_what_runs_where_and_its_curl_line_works(self, launch, tmp_path):
+    def test_the_banner_says_what_runs_where_and_its_curl_line_works(self, launch, command, tmp_path):
         server = launch(DOCUMENTED_MODULE, "--name", "my jobs")
         text = "".join(server.banner)
-        for line in (
-            rf"my jobs \(csp.py {re.escape(csp.__version__)}\) at {server.url}",
-            r"Job types: +echo",
-            rf"Database: +{re.escape(str(tmp_path / 'jobs.db'))}",
-            "Log in: +user admin",
-        ):
+        for line in (rf"my jobs \(csp.py {re.escape(csp.__version__)}\) at {server.url}", r"Job types: +echo",
+                     rf"Database: +{re.escape(str(tmp_path / 'jobs.db'))}$", "Log in: +user admin, with"):
             assert re.search(f"^{line}", text, re.MULTILINE), text
         assert SETTINGS["PASSWORD"] not in text and SECURE_KEY not in text
+        assert_one_sentence(command("--db", tmp_path / "jobs.db", "--port", "0"), server.process.pid)
         if not shutil.which("curl"):
             assert not IN_CI
             pytest.skip("there is no curl")
@@ -7640,9 +6378,14 @@ class TestCommandLine:
         job = json.loads(done.stdout.decode("utf-8"))
         assert (job["status"], job["data"]) == ("complete", ">hello")
 
-    def test_the_banner_promises_no_api_key_that_may_not_submit(self, launch):
-        server = launch(DOCUMENTED_MODULE, environ={"CSP_API_KEYS": "the-only-key-that-may"})
-        assert "one of API_KEYS" in server.banner[-1] and "the-only-key" not in "".join(server.banner)
+    def test_a_password_is_made_and_printed_when_none_is_set_but_no_api_key_that_may_submit(self, launch):
+        server = launch(DOCUMENTED_MODULE, environ={"CSP_PASSWORD": "", "CSP_API_KEYS": "the-only-key-that-may"})
+        text = "".join(server.banner)
+        password = re.search(r"user admin, password (\S+)", text)[1]
+        assert len(password) >= 12 and password not in server.log.read_text()
+        assert server.client.get("/user", key=basic("admin", password)).json["name"] == "Admin"
+        assert server.client.get("/user", key=basic("admin", "")).json.get("name") != "Admin"
+        assert "one of API_KEYS" in server.banner[-1] and "the-only-key" not in text
 
     def test_the_whole_job_that_the_readme_shows_runs(self, launch):
         (source,) = [block for block in re.findall("```python\n(.*?)```", README, re.DOTALL) if "JobError" in block]
@@ -7651,16 +6394,6 @@ class TestCommandLine:
         assert (job["status"], job["data"], job["progress"]["message"]) == ("complete", {"counted": 3}, "2 counted")
         assert messages(job) == ["at 0", "at 1", "at 2"]
         assert client.finish(client.submit("count", "x"))["error"] == {"message": "data has to be a number"}
-
-    def test_a_password_is_made_and_printed_when_none_is_set(self, launch):
-        server = launch(DOCUMENTED_MODULE, environ={"CSP_PASSWORD": ""})
-        password = re.search(r"user admin, password (\S+)", "".join(server.banner))[1]
-        assert len(password) >= 12 and password not in server.log.read_text()
-        assert server.client.get("/user", key=basic("admin", password)).json["name"] == "Admin"
-        assert (
-            server.client.get("/user", key=basic("admin", "")).status != 200
-            or (server.client.get("/user", key=basic("admin", "")).json["is_anonymous"])
-        )
 
     def test_the_documented_example_runs_word_for_word(self, launch):
         client = launch(DOCUMENTED_MODULE).client
@@ -7671,159 +6404,93 @@ class TestCommandLine:
         assert [(line["message"], line["level"]) for line in logged["logs"]] == [("just a warning", "WARNING")]
         assert logged["data"] == ">&hi"
 
-    def test_version(self):
+    def test_version_and_help_that_names_every_option(self):
         done = run_command("--version")
         assert (done.returncode, done.stdout, done.stderr) == (0, f"csp.py {csp.__version__}\n", "")
-
-    def test_help_names_every_option(self):
         done = run_command("--help")
         assert done.returncode == 0
-        for option in (
-            "--jobs",
-            "--config",
-            "--host",
-            "--port",
-            "--db",
-            "--name",
-            "--workers",
-            "--log-file",
-            "--version",
-            "--hash-password",
-            "--run",
-        ):
-            assert option in done.stdout
+        assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) >= {
+            "--jobs", "--config", "--host", "--port", "--db", "--name", "--workers", "--log-file", "--version",
+            "--hash-password", "--run",
+        }
 
-    def test_a_hash_of_a_password_from_standard_input_opens_the_service(self, start):
-        done = run_command("--hash-password", input="open \u20ac sesame\n")
+    def test_a_hash_of_a_password_from_standard_input_opens_the_service(self, start, command):
+        done = command("--hash-password", input="open \u20ac sesame\n")
         hashed = done.stdout.strip()
         assert done.returncode == 0 and hashed.startswith("scrypt$") and "sesame" not in done.stdout + done.stderr
         client = start(PASSWORD=hashed).client
         assert client.get("/user", key=basic("admin", "open \u20ac sesame")).json["name"] == "Admin"
         assert client.get("/user", key=basic("admin", "open")).json["name"] != "Admin"
+        assert_one_sentence(command("--hash-password", input=""), "empty")
 
-    def test_no_password_has_no_hash(self):
-        assert_one_sentence(run_command("--hash-password", input=""), "empty")
-
-    @pytest.mark.parametrize(
-        "arguments, text, code, output, errors",
-        [
-            (("work", '{"a": [1, "\xe4"]}'), None, 0, '{"a": [1, "\xe4"]}\n', ["at it"]),
-            (("work", '"hi"'), None, 0, "hi\n", ["WARNING", "at it"]),
-            (("work", "-"), '{"b": 2}', 0, '{"b": 2}\n', ["at it"]),
-            (("work",), None, 0, "", ["at it"]),
-            (("stream",), None, 0, "one two\n", []),
-            (("verdict", "1"), None, 1, "", ["no such file"]),
-            (("broken", "1"), None, 1, "", ["ValueError: oops", "Traceback", "line "]),
-            (("leave", "1"), None, 1, "", ["SystemExit: 0"]),
-            (("no_json", "1"), None, 1, "", ["not JSON"]),
-        ],
-        ids=["object", "string", "stdin", "no data", "stream", "JobError", "exception", "sys.exit", "a set"],
-    )
+    @pytest.mark.parametrize("arguments, text, code, output, errors", [
+        (("work", '"hi"'), None, 0, "hi\n", ["WARNING", "at it"]),
+        (("work", "-"), '{"a": [1, "\xe4"]}', 0, '{"a": [1, "\xe4"]}\n', ["at it"]),
+        (("work",), None, 0, "", ["at it"]),
+        (("stream",), None, 0, "one two\n", []),
+        (("verdict", "1"), None, 1, "", ["no such file"]),
+        (("broken", "1"), None, 1, "", ["ValueError: oops", "Traceback", "line "]),
+        (("leave", "1"), None, 1, "", ["SystemExit: 0"]),
+        (("no_json", "1"), None, 1, "", ["not JSON"]),
+    ], ids=["string", "stdin", "no data", "stream", "JobError", "exception", "sys.exit", "a set"])
     def test_run_runs_one_job_here_and_now(self, command, tmp_path, arguments, text, code, output, errors):
-        done = command("--jobs", "jobs", "--run", *arguments, input=text, environ={"PYTHONUTF8": "1"})
+        done = command("--jobs", "jobs", "--run", *arguments, input=text)
         assert (done.returncode, done.stdout) == (code, output), done
-        for error in errors:
-            assert error in done.stderr
+        assert not [error for error in errors if error not in done.stderr]
         assert not list(tmp_path.glob("*.db*"))
 
-    @pytest.mark.parametrize(
-        "arguments, text, words",
-        [
-            (("nothing",), None, ["binary, broken, leave, no_json, stream, verdict, work"]),
-            (("work", "{"), None, ["JSON"]),
-            (("work", "NaN"), None, ["JSON"]),
-            (("work", "-"), "", ["JSON"]),
-            (("work", "1", "2"), None, ["--run"]),
-            (("work", "[" * 5000), None, ["JSON"]),
-        ],
-        ids=["unknown type", "bad JSON", "NaN", "empty stdin", "too many", "deep"],
-    )
-    def test_run_refuses_what_it_cannot_run(self, command, arguments, text, words):
-        assert_one_sentence(command("--jobs", "jobs", "--run", *arguments, input=text), *words)
-
-    @pytest.mark.parametrize(
-        "arguments, environ, words",
-        [
-            (("--port", "abc"), {}, ["PORT", "number"]),
-            (("--port", "70000"), {}, ["PORT"]),
-            (("--workers", "0"), {}, ["WORKERS"]),
-            (("--host", "256.1.1.1"), {}, ["256.1.1.1"]),
-            (("--db", "postgresql://localhost/jobs"), {}, ["SQLALCHEMY_DATABASE_URI", "SQLite"]),
-            (("--db", "no/such/directory/jobs.db"), {}, ["no/such/directory"]),
-            (("--db", "."), {}, []),
-            ((), {"CSP_GRACE_SECONDS": "soon"}, ["GRACE_SECONDS"]),
-            ((), {"CSP_STDERR": "perhaps"}, ["STDERR"]),
-            ((), {"DATABASE_URL": "mysql://x/y"}, ["SQLALCHEMY_DATABASE_URI"]),
-            ((), {"CSP_PASSWORD": "scrypt$1$2"}, ["PASSWORD", "--hash-password"]),
-            ((), {"CSP_CALLBACK_SECRET": "whsec_abc"}, ["CALLBACK_SECRET"]),
-            ((), {"CSP_TRUSTED_PROXIES": "proxy"}, ["TRUSTED_PROXIES"]),
-            (("--config", "missing.py"), {}, ["missing.py"]),
-            ((), {"JOB_CONFIG": "missing.py"}, ["missing.py"]),
-            (("--config", "broken_settings.py"), {}, ["broken_settings.py"]),
-            (("--config", "failing_settings.py"), {}, ["failing_settings.py"]),
-            (("--log-file", "no/such/directory/log"), {}, ["no/such/directory/log"]),
-            (("--jobs", "no_such_module"), {}, ["no_such_module"]),
-            (("--jobs", "no/such/file.py"), {}, ["file"]),
-            (("--jobs", "broken_module"), {}, ["broken_module", "syntax"]),
-            (("--jobs", "failing_module"), {}, ["failing_module", "NameError"]),
-            (("--jobs", "jobs", "--jobs", "same_names"), {}, ["work", "jobs", "same_names"]),
-            (("--jobs", "needs_more"), {}, ["needs_more", "not_installed_here"]),
-            (("--db", "text.db"), {}, ["text.db"]),
-            (("--db", "other.db"), {}, ["other.db", "another program"]),
-        ],
-        ids=lambda value: None if not isinstance(value, tuple) else "-".join(value).strip("-") or "environment",
-    )
-    def test_what_is_wrong_at_the_start_is_one_sentence(self, command, tmp_path, arguments, environ, words):
-        for name, source in (
-            ("broken_settings", "NAME = "),
-            ("failing_settings", "NAME = nothing"),
-            ("broken_module", "def f(:"),
-            ("failing_module", "nothing"),
-            ("same_names", RUN_MODULE),
-            ("needs_more", "import not_installed_here"),
-        ):
-            (tmp_path / f"{name}.py").write_text(source)
+    @pytest.mark.parametrize("arguments, words", [
+        (["--run", "nothing"], ["broken, leave, no_json, stream, verdict, work"]),
+        (["--run", "work", "NaN"], ["JSON"]),
+        (["--run", "work", "1", "2"], ["--run"]),
+        (["--port", "abc"], ["PORT", "number"]),
+        (["--host", "256.1.1.1"], ["256.1.1.1"]),
+        (["--db", "postgresql://localhost/jobs"], ["SQLALCHEMY_DATABASE_URI", "SQLite"]),
+        (["--db", "no/such/directory/jobs.db"], ["no/such/directory"]),
+        (["CSP_GRACE_SECONDS=soon"], ["GRACE_SECONDS"]),
+        (["DATABASE_URL=mysql://x/y"], ["SQLALCHEMY_DATABASE_URI"]),
+        (["JOB_CONFIG=missing.py"], ["missing.py"]),
+        (["--config", "broken_settings.py"], ["broken_settings.py"]),
+        (["--config", "failing_settings.py"], ["failing_settings.py"]),
+        (["--log-file", "no/such/directory/log"], ["no/such/directory/log"]),
+        (["--jobs", "no_such_module"], ["no_such_module"]),
+        (["--jobs", "no/such/file.py"], ["file"]),
+        (["--jobs", "broken_module"], ["broken_module", "syntax"]),
+        (["--jobs", "failing_module"], ["failing_module", "NameError"]),
+        (["--jobs", "bad_option"], ["retires", "bad_option.py, line 3"]),
+        (["--jobs", "same_names"], ["work", "jobs", "same_names"]),
+        (["--jobs", "needs_more"], ["needs_more", "not_installed_here"]),
+        (["--db", "text.db"], ["text.db"]),
+        (["--db", "other.db"], ["other.db", "another program"]),
+        (["--db", "newer.db"], ["newer.db", "newer"]),
+    ], ids=lambda value: " ".join(value)[:40])
+    def test_what_is_wrong_at_the_start_is_one_sentence(self, command, tmp_path, arguments, words):
         (tmp_path / "text.db").write_text("this is no database, but it is long enough to be one\n" * 100)
-        rows_of(tmp_path / "other.db", "CREATE TABLE other (x)")
-        before = {name: (tmp_path / name).read_bytes() for name in ("text.db", "other.db")}
-        database = () if "--db" in arguments or "DATABASE_URL" in environ else ("--db", "mine.db")
-        port = () if "--port" in arguments else ("--port", "0")
-        assert_one_sentence(command(*arguments, *database, *port, environ=environ), *words)
-        assert before == {name: (tmp_path / name).read_bytes() for name in before}
+        if "other.db" in arguments:
+            rows_of(tmp_path / "other.db", "CREATE TABLE other (x)")
+        if "newer.db" in arguments:
+            csp.Store(str(tmp_path / "newer.db")).close()
+            rows_of(tmp_path / "newer.db", f"PRAGMA user_version = {csp.SCHEMA_VERSION + 1}")
+        before = {path: path.read_bytes() for path in tmp_path.glob("*.db")}
+        environ = dict(argument.split("=", 1) for argument in arguments if re.match("[A-Z_]+=", argument))
+        options = ["--port", "0"] if environ else ["--jobs", "jobs", *arguments]
+        options += [] if "DATABASE_URL" in environ or "--db" in arguments else ["--db", "mine.db"]
+        options += [] if "--port" in options else ["--port", "0"]
+        assert_one_sentence(command(*options, input="", **environ), *words)
+        assert before == {path: path.read_bytes() for path in before}
 
     def test_a_port_in_use_is_one_sentence(self, command):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             port = listener.getsockname()[1]
             assert_one_sentence(command("--port", port, "--db", "mine.db"), port, "--port")
 
-    def test_a_second_server_is_refused_with_the_first_ones_pid(self, launch, command, tmp_path):
-        server = launch(DOCUMENTED_MODULE)
-        assert_one_sentence(command("--db", tmp_path / "jobs.db", "--port", "0"), server.process.pid)
-        assert server.client.submit("echo", "hi")["data"] == ">hi"
-
-    def test_a_database_of_a_newer_version_is_refused_untouched(self, command, tmp_path):
-        path = tmp_path / "new.db"
-        csp.Store(str(path)).close()
-        rows_of(path, f"PRAGMA user_version = {csp.SCHEMA_VERSION + 1}")
-        before = path.read_bytes()
-        assert_one_sentence(command("--db", path, "--port", "0"), "newer")
-        assert path.read_bytes() == before
-
-    @pytest.mark.parametrize(
-        "files, arguments, job_types",
-        [
-            (["one.py"], ["one"], ["one"]),
-            (["one.py"], ["one.py"], ["one"]),
-            (["elsewhere/one.py"], ["elsewhere/one.py"], ["one"]),
-            (["package/__init__.py", "package/one.py"], ["package.one"], ["one"]),
-            (["one.py", "two.py"], ["one", "two.py"], ["one", "two"]),
-            (["a/one.py", "b/one.py"], ["a/one.py", "b/one.py"], ["a_one", "b_one"]),
-            (["my-jobs.py"], ["my-jobs.py"], ["my_jobs"]),
-            (["my.jobs.py"], ["my.jobs.py"], ["my_jobs"]),
-            (["queue.py"], ["./queue.py"], ["queue"]),
-        ],
-        ids=["module", "file", "in a directory", "in a package", "two", "one name", "dash", "dot", "like a library's"],
-    )
+    @pytest.mark.parametrize("files, arguments, job_types", [
+        (["package/__init__.py", "package/one.py"], ["package.one"], ["one"]),
+        (["one.py", "two.py"], ["one", "two.py"], ["one", "two"]),
+        (["a/one.py", "b/one.py"], ["a/one.py", "b/one.py"], ["a_one", "b_one"]),
+        (["my-jobs.py", "my.own.py"], ["my-jobs.py", "my.own.py"], ["my_jobs", "my_own"]),
+        (["queue.py"], ["./queue.py"], ["queue"]),
+    ], ids=["in a package", "module and file", "one name", "odd names", "like a library's"])
     def test_jobs_names_modules_and_files(self, tmp_path, files, arguments, job_types):
         for name in files:
             path = tmp_path / name
@@ -7835,38 +6502,25 @@ class TestCommandLine:
         done = run_command(*options, "--run", "nothing", cwd=tmp_path)
         assert_one_sentence(done, f"There is no job type nothing; there are: {', '.join(job_types)}.")
 
-    @pytest.mark.parametrize(
-        "text, environ, doubts",
-        [
-            ("PROT = 1\nWORKER = 2\nMY_OWN = 3\nDOWNLOAD_TIMEOUT = 4", {}, ["PROT", "WORKER"]),
-            ("NAME = 'x'", {"CSP_WORKRES": "3", "CSP_SOMETHING_ELSE": "1"}, ["CSP_WORKRES"]),
-            ('{"PORT": 8020}', {}, ["sets nothing"]),
-            ("PORT: 8020", {}, ["sets nothing"]),
-            ("NAME = 'x'\nlower = 1", {"CSP_NAME": "y"}, []),
-        ],
-        ids=["file", "environment", "json", "yaml", "none"],
-    )
-    def test_names_that_are_nearly_settings_are_in_the_log(self, tmp_path, text, environ, doubts):
+    @pytest.mark.parametrize("text, environ, doubts", [
+        ("PROT = 1\nWORKER = 2\nMY_OWN = 3\nDOWNLOAD_TIMEOUT = 4", {}, ["PROT", "WORKER"]),
+        ("NAME = 'x'\nlower = 1", {"CSP_WORKRES": "3", "CSP_SOMETHING": "1", "CSP_NAME": "y"}, ["CSP_WORKRES"]),
+        ('{"PORT": 8020}', {}, ["sets nothing"]),
+        ("PORT: 8020", {}, ["sets nothing"]),
+    ], ids=["file", "environment", "json", "yaml"])
+    def test_names_that_are_nearly_settings_are_logged(self, tmp_path, text, environ, doubts):
         (tmp_path / "settings.py").write_text(text)
         settings = csp.load_settings(str(tmp_path / "settings.py"), environ)
-        assert len(settings.doubts) == len(doubts)
-        log_file = tmp_path / "log"
-        csp.configure_logging(csp.Settings({"LOG_FILE": str(log_file), "STDERR": False}, settings.doubts))
+        csp.configure_logging(csp.Settings({"LOG_FILE": str(tmp_path / "log"), "STDERR": False}, settings.doubts))
         csp.configure_logging(csp.Settings({"STDERR": False}))
-        for doubt in doubts:
-            assert re.search(rf"WARNING .*\b{doubt}\b", log_file.read_text())
-
-    def test_a_module_that_fails_is_named_by_its_own_line(self, command, tmp_path):
-        source = "import csp.job as job\n\n@job.asynchronous(retires=3)\ndef x(a, b):\n    pass\n"
-        (tmp_path / "bad.py").write_text(source)
-        assert_one_sentence(command("--jobs", "bad"), "retires", "bad.py, line 3")
+        lines = (tmp_path / "log").read_text().splitlines()
+        assert len(lines) == len(doubts)
+        assert all(re.search(rf"WARNING .*\b{doubt}\b", line) for doubt, line in zip(doubts, lines))
 
     def test_settings_come_from_file_environment_and_command_line_and_jobs_can_read_them(self, launch, tmp_path):
         (tmp_path / "settings.py").write_text(
-            "NAME = 'from file'\nMY_OWN = ['x']\nWORKERS = 3\nKEEP_JOBS_AGE = 4\nlower = 1\n"
-        )
-        server = launch(
-            """
+            "NAME = 'from file'\nMY_OWN = ['x']\nWORKERS = 3\nKEEP_JOBS_AGE = 4\nlower = 1\n")
+        server = launch("""
             import csp.job as job
             from csp import web
             AT_IMPORT = {name: web.app.config[name] for name in ("NAME", "MY_OWN", "WORKERS", "KEEP_JOBS_AGE")}
@@ -7874,46 +6528,29 @@ class TestCommandLine:
             @job.synchronous
             def settings(task_id, input):
                 return [AT_IMPORT, web.app.config["NAME"], "lower" in web.app.config, web.app.config.get("NO", 5)]
-            """,
-            "--workers",
-            "7",
-            environ={"JOB_CONFIG": str(tmp_path / "settings.py"), "CSP_KEEP_JOBS_AGE": "5", "CSP_WORKERS": "6"},
-        )
+            """, "--workers", "7", environ={"JOB_CONFIG": str(tmp_path / "settings.py"), "CSP_KEEP_JOBS_AGE": "5",
+                                            "CSP_WORKERS": "6"})
         assert server.client.get("/status").json["name"] == "from file"
         assert server.client.submit("settings")["data"] == [
-            {"NAME": "from file", "MY_OWN": ["x"], "WORKERS": 7, "KEEP_JOBS_AGE": 5},
-            "from file",
-            False,
-            5,
-        ]
+            {"NAME": "from file", "MY_OWN": ["x"], "WORKERS": 7, "KEEP_JOBS_AGE": 5}, "from file", False, 5]
 
-    def test_the_log_file_is_for_its_owner_alone(self, launch, tmp_path):
-        server = launch(DOCUMENTED_MODULE, "--log-file", tmp_path / "service.log")
-        server.client.submit("echo", "hi")
-        text = eventually(lambda: (tmp_path / "service.log").read_text())
-        assert (tmp_path / "service.log").stat().st_mode & 0o777 == 0o600 and "POST /job" in text
-        assert (tmp_path / "jobs.db").stat().st_mode & 0o777 == 0o600
-
-    def test_a_full_log_file_is_rotated_and_each_is_for_its_owner_alone(self, tmp_path, monkeypatch):
-        log, handlers, level = csp.log, list(csp.log.handlers), csp.log.level
+    def test_a_full_log_file_is_rotated_and_each_is_for_its_owner_alone(self, tmp_path):
         csp.configure_logging(csp.Settings({**SETTINGS, "LOG_FILE": str(tmp_path / "a.log")}))
-        handler = log.handlers[0]
-        try:
-            assert handler.maxBytes == 64 * 2**20 and handler.backupCount == 5
-            handler.maxBytes = 1000
-            for number in range(200):
-                log.warning("line %d", number)
-            files = sorted(tmp_path.glob("a.log*"))
-            assert len(files) == 6 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
-            log.warning("one\nline")
-            assert (tmp_path / "a.log").read_text().endswith("one\\nline\n")
-        finally:
-            handler.close()
-            log.handlers[:], log.propagate = handlers, True
-            log.setLevel(level)
+        (handler,) = csp.log.handlers
+        assert handler.maxBytes == 64 * 2**20 and handler.backupCount == 5
+        handler.maxBytes = 1000
+        for number in range(200):
+            csp.log.warning("line %d", number)
+        csp.log.warning("one\nline")
+        csp.configure_logging(csp.Settings(SETTINGS))
+        files = sorted(tmp_path.glob("a.log*"))
+        assert len(files) == 6 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
+        assert (tmp_path / "a.log").read_text().endswith("one\\nline\n")
 
-    def test_access_lines_are_in_common_log_format_without_secrets(self, launch):
-        server = launch(DOCUMENTED_MODULE)
+    def test_access_lines_are_in_common_log_format_without_secrets_in_a_file_for_its_owner_alone(
+        self, launch, tmp_path
+    ):
+        server = launch(DOCUMENTED_MODULE, "--log-file", tmp_path / "service.log")
         job = server.client.submit("echo", "hi", api_key="the-api-key")
         server.client.get(f"/job/{job['job_id']}?limit=5&secret=in-the-query", key=job["job_key"])
         server.client.get("/user", key=ADMIN)
@@ -7921,29 +6558,17 @@ class TestCommandLine:
         for request in (b'GET /a"b\\c HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n', b"nonsense\r\n\r\n"):
             assert raw_exchange(server.url, request)
         assert server.terminate() == 0
-        text = server.log.read_text()
-        lines = [line for line in text.splitlines() if " - - [" in line]
-        assert len(lines) == 6
+        text = (tmp_path / "service.log").read_text()
+        assert {(tmp_path / name).stat().st_mode & 0o777 for name in ("service.log", "jobs.db")} == {0o600}
+        lines = [COMMON_LOG.fullmatch(line) for line in text.splitlines() if " - - [" in line]
+        assert len(lines) == 6 and all(lines), text
         for line in lines:
-            assert COMMON_LOG.fullmatch(line), line
-            assert COMMON_LOG.fullmatch(line)[1] == "127.0.0.1"
-            time.strptime(COMMON_LOG.fullmatch(line)[2], "%d/%b/%Y:%H:%M:%S %z")
-        assert {COMMON_LOG.fullmatch(line)[3] for line in lines} >= {  # a line may come after the next request's
-            "POST /job HTTP/1.1",
-            f"GET /job/{job['job_id']} HTTP/1.1",
-            "GET /user HTTP/1.1",
-            "GET /job HTTP/1.1",
-        }
-        for secret in (
-            "the-api-key",
-            "in-the-query",
-            "in-the-cookie",
-            job["job_key"],
-            SECURE_KEY,
-            SETTINGS["PASSWORD"],
-            ADMIN.split()[1],
-        ):
-            assert secret not in text
+            assert line[1] == "127.0.0.1" and time.strptime(line[2], "%d/%b/%Y:%H:%M:%S %z")
+        assert {line[3] for line in lines} >= {  # a line may come after the next request's
+            "POST /job HTTP/1.1", f"GET /job/{job['job_id']} HTTP/1.1", "GET /user HTTP/1.1", "GET /job HTTP/1.1"}
+        secrets = ("the-api-key", "in-the-query", "in-the-cookie", job["job_key"], SECURE_KEY, SETTINGS["PASSWORD"],
+                   ADMIN.split()[1])
+        assert not [secret for secret in secrets if secret in text + server.log.read_text()]
 
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -7957,74 +6582,55 @@ def log_in(client):
 class TestResponses:
     """Routing and raw results."""
 
-    @pytest.mark.parametrize(
-        "method, path, allowed",
-        [
-            ("POST", "/status", "GET, HEAD, OPTIONS"),
-            ("PUT", "/job", "DELETE, GET, HEAD, OPTIONS, POST"),
-            ("DELETE", "/login", "GET, HEAD, OPTIONS, POST"),
-            ("PATCH", "/job/x", "DELETE, GET, HEAD, OPTIONS, POST, PUT"),
-            ("POST", "/job/x/data", "GET, HEAD, OPTIONS"),
-            ("GET", "/job/x/cancel", "OPTIONS, POST"),
-        ],
-    )
-    def test_a_wrong_method_is_405_and_says_which_are_right(self, client, method, path, allowed):
-        answer = client.request(method, path)
+    @pytest.mark.parametrize("method, path, allowed", [
+        ("POST", "/status", "GET, HEAD, OPTIONS"),
+        ("PUT", "/job", "DELETE, GET, HEAD, OPTIONS, POST"),
+        ("PATCH", "/job/x", "DELETE, GET, HEAD, OPTIONS, POST, PUT"),
+        ("GET", "/job/x/cancel", "OPTIONS, POST"),
+    ])
+    def test_a_wrong_method_is_405_and_says_which_are_right(self, desk, method, path, allowed):
+        answer, options = desk.client.request(method, path), desk.client.request("OPTIONS", path)
         assert (answer.status, answer.headers["Allow"]) == (405, allowed) and isinstance(answer.error, str)
-        options = client.request("OPTIONS", path)
         assert (options.status, options.headers["Allow"], options.body) == (204, allowed, b"")
 
-    @pytest.mark.parametrize(
-        "path", ["/nothing", "/job/x/nothing", "/job/x/data/y", "/statuss", "/JOB", "/favicon.ico"]
-    )
-    def test_an_unknown_path_is_404_in_json(self, client, path):
-        answer = client.get(path)
-        assert answer.status == 404 and isinstance(answer.error, str)
-        assert answer.headers["Content-Type"] == "application/json"
+    def test_an_unknown_path_is_404_in_json(self, desk):
+        for path in ("/nothing", "/job/x/nothing", "/job/x/data/y", "/statuss", "/JOB", "/favicon.ico"):
+            answer = desk.client.get(path)
+            assert (answer.status, answer.headers["Content-Type"]) == (404, "application/json") and answer.error
 
-    @pytest.mark.parametrize("path", ["/", "/status", "/user", "/job"])
-    def test_head_is_get_without_the_body_and_a_trailing_slash_is_tolerated(self, client, path):
-        got, head = client.get(path), client.request("HEAD", path)
-        assert (head.status, head.body, head.headers["Content-Length"]) == (200, b"", str(len(got.body)))
-        assert client.get(path.rstrip("/") + "/").json == got.json
+    def test_head_is_get_without_the_body_and_a_trailing_slash_is_tolerated(self, desk):
+        for path in ("/", "/status", "/user", "/job"):
+            got, head = desk.client.get(path), desk.client.request("HEAD", path)
+            assert (head.status, head.body, head.headers["Content-Length"]) == (200, b"", str(len(got.body)))
+            assert desk.client.get(path.rstrip("/") + "/").json == got.json
 
-    @pytest.mark.parametrize(
-        "result, metadata, body, kind, is_attachment",
-        [
-            ("text \u00e4", {}, "text \u00e4".encode(), "text/plain; charset=utf-8", False),
-            ({"a": [1]}, {}, b'{"a": [1]}', "application/json", False),
-            (None, {}, b"null", "application/json", False),
-            (b"\x00\xff", {}, b"\x00\xff", "application/octet-stream", True),
-            ("a,b", {"mimetype": "text/csv"}, b"a,b", "text/csv", False),
-            (b"GIF8", {"mimetype": "image/gif"}, b"GIF8", "image/gif", False),
-            ("<script>", {"mimetype": "text/html"}, b"<script>", "text/html", True),
-            ("<svg/>", {"mimetype": "image/svg+xml"}, b"<svg/>", "image/svg+xml", True),
-            ("x", {"mimetype": "application/javascript"}, b"x", "application/javascript", True),
-            ("x", {"mimetype": "text/plain\r\nX: y"}, b"x", "text/plain; charset=utf-8", False),
-            ("x", {"mimetype": "nonsense"}, b"x", "text/plain; charset=utf-8", False),
-            ("x", {"mimetype": ["text/html"]}, b"x", "text/plain; charset=utf-8", False),
-        ],
-    )
-    def test_data_is_the_raw_result_and_harmless_to_a_browser(self, start, result, metadata, body, kind, is_attachment):
-        registry = csp.Registry()
-        registry.synchronous(lambda_named("work", lambda task_id, input: result))
-        client = start(registry).client
-        job = client.submit("work", metadata=metadata)
-        answer = client.get(f"/job/{job['job_id']}/data", key=job["job_key"])
+    @pytest.mark.parametrize("result, metadata, body, kind, is_attachment", [
+        ("text \u00e4", {}, "text \u00e4".encode(), "text/plain; charset=utf-8", False),
+        ({"a": [1]}, {}, b'{"a": [1]}', "application/json", False),
+        (None, {}, b"null", "application/json", False),
+        (b"\x00\xff", {}, b"\x00\xff", "application/octet-stream", True),
+        ("a,b", {"mimetype": "text/csv"}, b"a,b", "text/csv", False),
+        (b"GIF8", {"mimetype": "image/gif"}, b"GIF8", "image/gif", False),
+        ("<script>", {"mimetype": "text/html"}, b"<script>", "text/html", True),
+        ("<svg/>", {"mimetype": "image/svg+xml"}, b"<svg/>", "image/svg+xml", True),
+        ("x", {"mimetype": "application/javascript"}, b"x", "application/javascript", True),
+        ("x", {"mimetype": "text/plain\r\nX: y"}, b"x", "text/plain; charset=utf-8", False),
+        ("x", {"mimetype": "nonsense"}, b"x", "text/plain; charset=utf-8", False),
+        ("x", {"mimetype": ["text/html"]}, b"x", "text/plain; charset=utf-8", False),
+    ])
+    def test_data_is_the_raw_result_and_harmless_to_a_browser(self, desk, result, metadata, body, kind, is_attachment):
+        job = desk.run(lambda task_id, input: result, "now", metadata=metadata)
+        answer = desk.client.get(f"/job/{job['job_id']}/data", key=ADMIN)
         assert (answer.status, answer.body, answer.headers["Content-Type"]) == (200, body, kind)
         assert (answer.headers.get("Content-Disposition") == "attachment") == is_attachment
         assert "sandbox" in answer.headers["Content-Security-Policy"]
         if isinstance(result, bytes):
             assert job["data"] == {"base64": base64.b64encode(result).decode()}
 
-    def test_every_answer_has_the_headers_that_protect(self, client):
-        for answer in (
-            client.get("/"),
-            client.get("/nothing"),
-            client.post("/job", {}),
-            client.request("OPTIONS", "/job"),
-            client.get("/login"),
-        ):
+    def test_every_answer_has_the_headers_that_protect(self, desk):
+        client = desk.client
+        for answer in (client.get("/"), client.get("/nothing"), client.post("/job", {}), client.get("/login"),
+                       client.request("OPTIONS", "/job")):
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
             assert answer.headers["Cache-Control"] == "no-store" and answer.headers["Referrer-Policy"] == "no-referrer"
             assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
@@ -8163,8 +6769,7 @@ REFUSALS = [  # body or raw text, headers, sentence
     (b"\xff", {}, "Malformed json"),
     ("{", {"Content-Type": "text/plain"}, "Not recognised as json, make sure content type is application/json"),
     (
-        submission(),
-        {"Content-Type": "text/plain"},
+        submission(), {"Content-Type": "text/plain"},
         "Not recognised as json, make sure content type is application/json",
     ),
     (submission(), {"Content-Type": ""}, "Not recognised as json, make sure content type is application/json"),
@@ -8188,8 +6793,7 @@ REFUSALS = [  # body or raw text, headers, sentence
     (submission(api_key=2**70), {}, "api_key has to be a string or a number of at most 64 bits"),
     ('{"job_type": "echo", "api_key": "k", "data": NaN}', {}, "Malformed json: NaN is not JSON"),
     (
-        '{"job_type": "echo", "api_key": "k", "data": 1e999}',
-        {},
+        '{"job_type": "echo", "api_key": "k", "data": 1e999}', {},
         "Malformed json: data holds a number that is not finite",
     ),
     ('{"job_type": "echo", "job_type": "x"}', {}, "Malformed json: an object has the same key twice"),
@@ -8204,9 +6808,7 @@ class TestService:
     def test_what_the_service_says_of_itself(self, client):
         assert set(client.get("/").json) == {"help"}
         assert client.get("/status").json == {
-            "version": 0.1,
-            "job_types": ["async_echo", "echo"],
-            "name": "tests",
+            "version": 0.1, "job_types": ["async_echo", "echo"], "name": "tests",
             "stats": {"pending": 0, "complete": 0, "error": 0},
         }
         assert b'"version": 0.1' in client.get("/status").body
@@ -8251,10 +6853,7 @@ class TestService:
     def test_the_four_messages_of_the_documentation(self, client):
         jobs = [client.submit("echo", data) for data in ("hi", ">hi", "#", "&hi")]
         assert [(job["status"], job["data"]) for job in jobs] == [
-            ("complete", ">hi"),
-            ("error", None),
-            ("error", None),
-            ("complete", ">&hi"),
+            ("complete", ">hi"), ("error", None), ("error", None), ("complete", ">&hi"),
         ]
         assert jobs[1]["error"] == {"message": "do not start message with >"}
         assert (
@@ -8275,30 +6874,17 @@ class TestService:
             assert job["sent_data"] == (more.get("data") or {})
 
     ORIGINS = {
-        "no browser": {},
-        "same": {"Sec-Fetch-Site": "same-origin"},
-        "address bar": {"Sec-Fetch-Site": "none"},
-        "same by origin": None,
-        "other": {"Sec-Fetch-Site": "cross-site"},
-        "other by origin": {"Origin": "https://evil.example"},
-        "null": {"Origin": "null"},
+        "no browser": {}, "same": {"Sec-Fetch-Site": "same-origin"}, "address bar": {"Sec-Fetch-Site": "none"},
+        "same by origin": None, "other": {"Sec-Fetch-Site": "cross-site"},
+        "other by origin": {"Origin": "https://evil.example"}, "null": {"Origin": "null"},
     }
 
     @pytest.mark.parametrize("origin", ORIGINS)
     @pytest.mark.parametrize(
         "who",
         [
-            "nobody",
-            "wrong key",
-            "another's key",
-            "bearer of the key",
-            "key",
-            "basic",
-            "wrong basic",
-            "cookie",
-            "tampered cookie",
-            "secure key",
-            "nothing",
+            "nobody", "wrong key", "another's key", "bearer of the key", "key", "basic", "wrong basic", "cookie",
+            "tampered cookie", "secure key", "nothing",
         ],
     )
     def test_who_may_do_what_from_where(self, service, who, origin):
@@ -8306,16 +6892,11 @@ class TestService:
         job, other = client.submit("echo", "hi"), client.submit("echo", "other")
         cookie, path = log_in(client), "/job/" + job["job_id"]
         headers = {
-            "nobody": {},
-            "wrong key": {"Authorization": "x"},
-            "another's key": {"Authorization": other["job_key"]},
+            "nobody": {}, "wrong key": {"Authorization": "x"}, "another's key": {"Authorization": other["job_key"]},
             "bearer of the key": {"Authorization": "Bearer " + job["job_key"]},
-            "key": {"Authorization": job["job_key"]},
-            "basic": {"Authorization": ADMIN},
-            "wrong basic": {"Authorization": basic("admin", "x")},
-            "cookie": {"Cookie": cookie},
-            "tampered cookie": {"Cookie": cookie[:-2] + "zz"},
-            "secure key": {"Authorization": SECURE_KEY},
+            "key": {"Authorization": job["job_key"]}, "basic": {"Authorization": ADMIN},
+            "wrong basic": {"Authorization": basic("admin", "x")}, "cookie": {"Cookie": cookie},
+            "tampered cookie": {"Cookie": cookie[:-2] + "zz"}, "secure key": {"Authorization": SECURE_KEY},
             "nothing": {"Authorization": ""},
         }[who]
         from_where = {"Origin": client.url.rstrip("/")} if origin == "same by origin" else self.ORIGINS[origin]
@@ -8344,9 +6925,7 @@ class TestService:
                 "<job_id>", "a-new-one" if route.method in ("POST", "PUT") and body else job["job_id"]
             )
             answer = client.request(
-                route.method,
-                target,
-                body if route.method in ("POST", "PUT") else None,
+                route.method, target, body if route.method in ("POST", "PUT") else None,
                 {**headers, **from_where, "Content-Type": "application/json"},
             )
             assert (answer.status != 403) == may, (route.method, route.path, answer.status)
@@ -8358,10 +6937,7 @@ class TestService:
 
     def test_an_unknown_job_is_404(self, client):
         for method, path in (
-            ("GET", "/job/x"),
-            ("GET", "/job/x/data"),
-            ("DELETE", "/job/x"),
-            ("POST", "/job/x/cancel"),
+            ("GET", "/job/x"), ("GET", "/job/x/data"), ("DELETE", "/job/x"), ("POST", "/job/x/cancel"),
         ):
             answer = client.request(method, path, headers={"Authorization": SECURE_KEY})
             assert (answer.status, answer.json) == (404, {"error": "job_id not found"})
@@ -8373,9 +6949,7 @@ class TestService:
     def test_listing_filters_and_pages(self, client):
         jobs = [
             client.submit(
-                "echo",
-                ">" if number % 3 == 0 else "x",
-                job_id=f"j{number}",
+                "echo", ">" if number % 3 == 0 else "x", job_id=f"j{number}",
                 metadata={"parity": number % 2, "kind": "k" if number < 5 else "l", "set": [1]},
             )
             for number in range(10)
@@ -8417,14 +6991,8 @@ class TestService:
     @pytest.mark.parametrize(
         "path",
         [
-            "/job?_limit=abc",
-            "/job?_limit=-1",
-            "/job?_offset=1.5",
-            "/job?_limit=",
-            "/job?_offset=+1",
-            "/job?_limit=99999999999999999999",
-            "/job?_before=x",
-            "/job?_limit=\u0661",
+            "/job?_limit=abc", "/job?_limit=-1", "/job?_offset=1.5", "/job?_limit=", "/job?_offset=+1",
+            "/job?_limit=99999999999999999999", "/job?_before=x", "/job?_limit=\u0661",
         ],
     )
     def test_a_bad_number_is_409(self, client, path):
@@ -8466,9 +7034,7 @@ class TestService:
         job = client.submit("talk")
         assert [line["message"] for line in client.show(job)["logs"]] == [f"line {number}" for number in range(5)]
         for limit, expected in (
-            ("2", ["line 4", "line 3"]),
-            ("0", []),
-            ("99", [f"line {n}" for n in range(4, -1, -1)]),
+            ("2", ["line 4", "line 3"]), ("0", []), ("99", [f"line {n}" for n in range(4, -1, -1)]),
         ):
             logs = client.get(f"/job/{job['job_id']}?limit={limit}", key=job["job_key"]).json["logs"]
             assert [line["message"] for line in logs] == expected
@@ -8613,15 +7179,10 @@ class TestService:
             raise KeyboardInterrupt
 
         misdeeds = {
-            "exits": lambda task_id, input: sys.exit(),
-            "interrupted": interrupted,
-            "endless_log": endless_log,
-            "starts_threads": starts_threads,
-            "changes_input": changes_input,
-            "large": lambda task_id, input: "x" * 100_000_000,
-            "prints": lambda task_id, input: print("x" * 1_000_000),
-            "a_set": lambda task_id, input: {1},
-            "deep": lambda task_id, input: deep(task_id, input),
+            "exits": lambda task_id, input: sys.exit(), "interrupted": interrupted, "endless_log": endless_log,
+            "starts_threads": starts_threads, "changes_input": changes_input, "large": lambda task_id,
+            input: "x" * 100_000_000, "prints": lambda task_id, input: print("x" * 1_000_000), "a_set": lambda task_id,
+            input: {1}, "deep": lambda task_id, input: deep(task_id, input),
         }
 
         def deep(task_id, input):
@@ -8635,11 +7196,7 @@ class TestService:
         now = {name: client.submit(name + "_now") for name in misdeeds}
         for jobs in (ended, now):
             assert {name for name, job in jobs.items() if job["status"] == "complete"} == {
-                "endless_log",
-                "starts_threads",
-                "changes_input",
-                "large",
-                "prints",
+                "endless_log", "starts_threads", "changes_input", "large", "prints",
             }
             assert "not JSON" in jobs["a_set"]["error"]["message"]
             assert jobs["deep"]["error"]["message"].startswith("RecursionError")
@@ -8735,29 +7292,10 @@ class TestWaiting:
             assert answer.json == ["\u00e4", 1]
         else:
             assert (answer.json["status"], answer.json["data"], answer.json["job_id"]) == (
-                "complete",
-                ["\u00e4", 1],
-                "x",
+                "complete", ["\u00e4", 1], "x",
             )
             assert ("job_key" in answer.json) == has_key and answer.json["finished_timestamp"]
         eventually(lambda: not held.service.store._watchers)
-
-    def test_a_submission_that_waits_shows_the_log_and_the_error(self, start):
-        def work(task_id, input):
-            logger = logging.getLogger(task_id)
-            logger.addHandler(csp.StoringHandler(task_id, input))
-            logger.warning("a line")
-            raise csp.JobError("no")
-
-        client = start(registry_of(work)).client
-        job = client.post("/job", {"job_type": "work", "api_key": "k"}, Prefer="wait=20").json
-        assert (job["status"], job["error"], messages(job)) == ("error", {"message": "no"}, ["a line"])
-
-    def test_the_data_of_a_job_that_failed_while_it_was_waited_for_is_its_error(self, held):
-        job = held.client.submit("fail")
-        answer = held.client.get(f"/job/{job['job_id']}/data", key=job["job_key"], Prefer="wait=20")
-        assert (answer.status, answer.error) == (409, {"message": "it failed"})
-        assert answer.headers["Preference-Applied"] == "wait=20"
 
     @pytest.mark.parametrize("way", ASK)
     def test_max_wait_seconds_is_the_longest(self, start, gate, way):
@@ -8775,44 +7313,17 @@ class TestWaiting:
         else:
             assert (answer.status, answer.json["status"], answer.json["finished_timestamp"]) == (200, "pending", None)
 
-    def test_wait_0_is_answered_at_once(self, held, gate):
-        job = held.client.post("/job", {"job_type": "hold", "api_key": "k"}, Prefer="wait=0")
-        assert job.json["status"] == "pending" and job.headers["Preference-Applied"] == "wait=0"
-        shown = held.client.get("/job/" + job.json["job_id"], key=job.json["job_key"], Prefer="wait=0")
-        assert shown.json["status"] == "pending" and shown.headers["Preference-Applied"] == "wait=0"
-        assert held.service.store._watchers == {}
-
     @pytest.mark.parametrize(
         "fields, applied",
         [
-            (["wait=7"], "wait=7"),
-            (["WAIT=7"], "wait=7"),
-            (["wait=007"], "wait=7"),
-            (['wait="7"'], "wait=7"),
-            ([" wait = 7 "], "wait=7"),
-            (["wait=7; a=b"], "wait=7"),
-            (["handling=lenient, wait=7"], "wait=7"),
-            (["handling=lenient", "wait=7"], "wait=7"),
-            (["wait=7", "wait=9"], "wait=7"),
-            (["wait=7, wait=9"], "wait=7"),
-            (["return=minimal;x, , ;,=,wait=7"], "wait=7"),
-            (["wait=0"], "wait=0"),
-            (["wait=21"], "wait=20"),
-            (["wait"], None),
-            (["wait="], None),
-            (["wait=-1"], None),
-            (["wait=+1"], None),
-            (["wait=1.5"], None),
-            (["wait=1e1"], None),
-            (["wait=0x1"], None),
-            (["wait=\xb2"], None),
-            (["wait=9999999999"], None),
-            (["wait=soon, wait=7"], None),
-            (["waits=7"], None),
-            (["a;wait=7"], None),
-            ([""], None),
-            ([","], None),
-            (['a="b, wait=7"'], None),
+            (["wait=7"], "wait=7"), (["WAIT=7"], "wait=7"), (["wait=007"], "wait=7"), (['wait="7"'], "wait=7"),
+            ([" wait = 7 "], "wait=7"), (["wait=7; a=b"], "wait=7"), (["handling=lenient, wait=7"], "wait=7"),
+            (["handling=lenient", "wait=7"], "wait=7"), (["wait=7", "wait=9"], "wait=7"),
+            (["wait=7, wait=9"], "wait=7"), (["return=minimal;x, , ;,=,wait=7"], "wait=7"), (["wait=0"], "wait=0"),
+            (["wait=21"], "wait=20"), (["wait"], None), (["wait="], None), (["wait=-1"], None), (["wait=+1"], None),
+            (["wait=1.5"], None), (["wait=1e1"], None), (["wait=0x1"], None), (["wait=\xb2"], None),
+            (["wait=9999999999"], None), (["wait=soon, wait=7"], None), (["waits=7"], None), (["a;wait=7"], None),
+            ([""], None), ([","], None), (['a="b, wait=7"'], None),
         ],
         ids=str,
     )
@@ -8840,11 +7351,6 @@ class TestWaiting:
         done = held.client.finish(answer.json)
         assert (done["status"], done["data"], done["attempts"]) == ("complete", 1, 1)
 
-    def test_respond_async_with_a_value_is_not_respond_async(self, held, gate):
-        gate.open.set()
-        answer = held.client.post("/job", {"job_type": "hold", "api_key": "k"}, Prefer="respond-async=yes")
-        assert answer.json["status"] == "complete" and "Preference-Applied" not in answer.headers
-
     @pytest.mark.parametrize(
         "job_type, data, body",
         [
@@ -8858,18 +7364,6 @@ class TestWaiting:
         job = {**held.client.finish(job), "job_key": job["job_key"]}
         assert (job["status"], job["data"]) == ("complete", data)
         assert held.client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == body
-
-    def test_a_stream_that_breaks_off_is_an_error(self, start):
-        registry = csp.Registry()
-
-        def parts():
-            yield "a"
-            raise csp.JobError("broken off")
-
-        registry.synchronous(lambda_named("work", lambda task_id, input: parts))
-        client = start(registry).client
-        job = client.post("/job", {"job_type": "work", "api_key": "k"}, Prefer="wait=20").json
-        assert (job["status"], job["data"], job["error"]) == ("error", None, {"message": "broken off"})
 
     @pytest.mark.parametrize("way", ASK)
     @pytest.mark.parametrize("follows", ["nothing", "another"])
@@ -8949,21 +7443,10 @@ class TestWaiting:
     @pytest.mark.parametrize(
         "change",
         [
-            {"data": {"a": 2}},
-            {"data": {"a": "1"}},
-            {"data": {"a": True}},
-            {"data": {"a": 1.0}},
-            {"data": {"a": 1, "b": None}},
-            {"data": [["a", 1]]},
-            {"data": None},
-            {"api_key": "another"},
-            {"api_key": 1},
-            {"metadata": None},
-            {"metadata": {}},
-            {"metadata": {"k": "w"}},
-            {"result_url": None},
-            {"result_url": "http://127.0.0.1:9/other"},
-            {"job_type": "wait"},
+            {"data": {"a": 2}}, {"data": {"a": "1"}}, {"data": {"a": True}}, {"data": {"a": 1.0}},
+            {"data": {"a": 1, "b": None}}, {"data": [["a", 1]]}, {"data": None}, {"api_key": "another"}, {"api_key": 1},
+            {"metadata": None}, {"metadata": {}}, {"metadata": {"k": "w"}}, {"result_url": None},
+            {"result_url": "http://127.0.0.1:9/other"}, {"job_type": "wait"},
         ],
         ids=str,
     )
@@ -8971,10 +7454,7 @@ class TestWaiting:
     def test_another_body_is_a_conflict(self, start, gate, receiver, change, is_done):
         service = start(gate.registry, WORKERS=1)
         body = {
-            "job_type": "quick",
-            "api_key": "secret-api-key",
-            "data": {"a": 1},
-            "metadata": {"k": "v"},
+            "job_type": "quick", "api_key": "secret-api-key", "data": {"a": 1}, "metadata": {"k": "v"},
             "result_url": receiver.url,
         }
         if not is_done:
@@ -8994,19 +7474,6 @@ class TestWaiting:
         job = put(held.client, "x", {"job_type": "quick", "api_key": "k"}).json
         nulls = {"job_type": "quick", "api_key": "k", "data": None, "metadata": None, "result_url": ""}
         assert put(held.client, "x", nulls).json["job_key"] == job["job_key"]
-
-    def test_a_job_submitted_by_post_under_that_id_counts(self, held):
-        job = held.client.post("/job/x", json.loads(self.BODY)).json
-        assert put(held.client, "x", self.SAME).json["job_key"] == job["job_key"]
-        assert held.client.post("/job/x", json.loads(self.BODY)).status == 409
-
-    def test_an_id_that_the_service_has_made_is_a_conflict(self, held):
-        job = held.client.post("/job", json.loads(self.BODY)).json
-        again = held.client.post(f"/job/{job['job_id']}/resubmit", {"api_key": "secret-api-key"}, SECURE_KEY).json
-        for taken in (job, again):
-            answer = put(held.client, taken["job_id"], self.BODY)
-            assert (answer.status, answer.error) == (409, f"job_id {taken['job_id']} already exists")
-            assert taken["job_key"].encode() not in answer.body
 
     @pytest.mark.parametrize("job_id", ["done", "pending-1", "bare"])
     def test_a_job_of_the_predecessor_is_a_conflict(self, start, tmp_path, job_id):
@@ -9055,16 +7522,6 @@ class TestWaiting:
         again = put(client, "x", body)
         assert (again.status, again.json["job_key"]) == (200, job["job_key"])
         assert put(client, "x", {**body, "data": 1}).status == 409
-
-    @pytest.mark.parametrize(
-        "body, sentence",
-        [("{", "Malformed json"), ('{"job_type": "quick"}', "Please provide your API key.")],
-        ids=["no JSON", "no key"],
-    )
-    def test_what_cannot_be_submitted_cannot_be_put(self, held, body, sentence):
-        assert (put(held.client, "x", body).status, put(held.client, "x", body).error) == (409, sentence)
-        assert put(held.client, "y" * 256, self.BODY).status == 409
-
 
 class EventStream:
     """A client of Server-Sent Events (HTML standard, section 9.2) that is strict about what it gets.
@@ -9232,12 +7689,8 @@ class TestEvents:
             "status",
             None,
             {
-                "status": "pending",
-                "state": "running",
-                "attempts": 1,
-                "started_timestamp": done["started_timestamp"],
-                "finished_timestamp": None,
-                "error": None,
+                "status": "pending", "state": "running", "attempts": 1, "started_timestamp": done["started_timestamp"],
+                "finished_timestamp": None, "error": None,
             },
         )
         assert [name for name, _, _ in [logged, progressed, *more]] == ["log", "progress", "log", "log"]
@@ -9248,24 +7701,6 @@ class TestEvents:
         )
         finished = {"status": "complete", "state": "complete", "finished_timestamp": done["finished_timestamp"]}
         assert ended == [("status", None, {**first[2], **finished})]
-
-    def test_a_waiting_job_is_queued_then_running(self, start, steps, events):
-        client = start(steps.registry, WORKERS=1).client
-        running, waiting = client.submit("work"), client.submit("work")
-        stream = events(client, waiting)
-        assert stream.next()[2]["state"] == "queued"
-        events(client, running).until("running")
-        steps.end()
-        assert stream.next()[2]["state"] == "running"
-        steps.end()
-        assert [event[2]["state"] for event in stream.rest()] == ["complete"]
-
-    def test_an_error_is_in_the_last_status(self, start, steps, events):
-        client = start(steps.registry).client
-        stream = events(client, client.submit("work"))
-        steps.fail(csp.JobError("it is broken"))
-        last = stream.rest()[-1]
-        assert last[2]["state"] == "error" and last[2]["error"] == {"message": "it is broken"}
 
     def test_a_repeated_attempt_is_seen(self, start, events, impatient):
         steps = Steps(retries=1)
@@ -9295,30 +7730,12 @@ class TestEvents:
             assert [name for name, _, _ in seen[1200:]] == ["progress", "status"]
             assert seen[1200][2] == {"fraction": 1.0, "message": "done"} and seen[1201][2]["state"] == "complete"
 
-    def test_a_synchronous_job_has_events_too(self, start, gate, events):
-        add_synchronous(gate)
-        client = start(gate.registry).client
-        asked = Later(client.post, "/job/x", {"job_type": "hold", "api_key": "k"})
-        gate.begun.get(timeout=PATIENCE_SECONDS)
-        stream = events(client, {"job_id": "x"}, key=SECURE_KEY)
-        assert stream.next()[2]["state"] == "running"
-        gate.open.set()
-        assert [event[2]["state"] for event in stream.rest()] == ["complete"] and asked.result().status == 200
-
     @pytest.mark.parametrize(
         "text",
         [
-            "a\nb\r\nc\rd",
-            "data: x\n\nevent: status\ndata: {}\n\n",
-            "\n\n",
-            "",
-            ": comment",
-            "<script>alert(1)</script>",
-            "\u00e4\u20ac\U0001f600",
-            "\u2028\u2029\x85\x0b\x0c",
-            "\x00\x1b[31m\x7f",
-            "\\n\\u000a",
-            "\ud800",
+            "a\nb\r\nc\rd", "data: x\n\nevent: status\ndata: {}\n\n", "\n\n", "", ": comment",
+            "<script>alert(1)</script>", "\u00e4\u20ac\U0001f600", "\u2028\u2029\x85\x0b\x0c", "\x00\x1b[31m\x7f",
+            "\\n\\u000a", "\ud800",
         ],
         ids=ascii,
     )
@@ -9332,17 +7749,6 @@ class TestEvents:
         expected = text.replace("\ud800", "?")
         assert [data["message"] for _, data in lines_of(seen)] == [expected]
         assert [data["message"] for name, _, data in seen if name == "progress"] == [expected]
-
-    def test_ten_thousand_lines_arrive_in_order(self, start, steps, events):
-        service = start(steps.registry)
-        job = service.client.submit("work")
-        stream = events(service.client, job)
-        seen = Later(stream.rest)
-        steps.log(*map(str, range(10_000)))
-        steps.end()
-        lines = lines_of(seen.result())
-        assert [(number, data["message"]) for number, data in lines] == with_ids(service.path, job["job_id"])
-        assert [data["message"] for _, data in lines] == [str(number) for number in range(10_000)]
 
     def test_progress_set_a_thousand_times_a_second_costs_few_commits(self, start, steps, events):
         service = start(steps.registry)
@@ -9396,18 +7802,6 @@ class TestEvents:
         expected = with_ids(service.path, job["job_id"])
         assert [(number, data["message"]) for number, data in seen] == expected
 
-    def test_the_header_counts_more_than_the_parameter(self, start, steps, events):
-        service = start(steps.registry)
-        job = service.client.submit("work")
-        steps.log("a", "b", "c")
-        steps.end()
-        service.client.finish(job)
-        ids = [number for number, _ in with_ids(service.path, job["job_id"])]
-        stream = events(service.client, job, query=f"?last_event_id={ids[0]}", **{"Last-Event-ID": str(ids[1])})
-        assert [number for number, _ in lines_of(stream.rest())] == ids[2:]
-        after_all = events(service.client, job, **{"Last-Event-ID": str(ids[2])}).rest()
-        assert [name for name, _, _ in after_all] == ["status"]
-
     def test_a_stream_goes_on_over_a_crash_without_gap_or_double(self, launch, tmp_path):
         server = launch(LOG_MODULE)
         job = server.client.submit("work", data=1500)
@@ -9450,8 +7844,7 @@ class TestEvents:
     # -- who may see it, and how
 
     @pytest.mark.parametrize(
-        "key, status",
-        [(None, 403), ("wrong", 403), (basic("admin", "wrong"), 403), (SECURE_KEY, 200), (ADMIN, 200)],
+        "key, status", [(None, 403), ("wrong", 403), (basic("admin", "wrong"), 403), (SECURE_KEY, 200), (ADMIN, 200)],
         ids=["none", "wrong key", "wrong password", "secure key", "administrator"],
     )
     def test_who_may_see_the_job_may_see_its_events(self, client, key, status):
@@ -9502,12 +7895,8 @@ class TestEvents:
         service = start(steps.registry)
         job, started = service.client.submit("work"), []
         environ = {
-            "REQUEST_METHOD": "GET",
-            "PATH_INFO": f"/job/{job['job_id']}/events",
-            "REMOTE_ADDR": "192.0.2.1",
-            "wsgi.url_scheme": "http",
-            "wsgi.input": io.BytesIO(),
-            "HTTP_AUTHORIZATION": job["job_key"],
+            "REQUEST_METHOD": "GET", "PATH_INFO": f"/job/{job['job_id']}/events", "REMOTE_ADDR": "192.0.2.1",
+            "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "HTTP_AUTHORIZATION": job["job_key"],
             "HTTP_LAST_EVENT_ID": "0",
         }
         for is_read_to_the_end in (False, True):
@@ -9579,34 +7968,6 @@ class TestEvents:
         steps.log("after the silence")
         assert seen.result()[2]["message"] == "after the silence"
 
-    @pytest.mark.parametrize("what", ["job", "stats"])
-    def test_changes_that_nobody_sees_do_not_hold_the_comments_back(self, start, steps, events, monkeypatch, what):
-        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.5)
-        monkeypatch.setattr(csp, "STATS_SECONDS", 0.1)
-        client = start(steps.registry).client
-        job = client.submit("work")
-        steps.progress(0.5)
-        if what == "job":
-            stream = events(client, job)
-        else:
-            events(client, job).until("running")
-            stream = events(client)
-        stream.next()
-        seen = Later(stream.rest)
-        began = time.monotonic()
-
-        def order(task_id, logger):
-            pause = threading.Event()
-            while time.monotonic() < began + 4:
-                csp.set_progress(task_id, 0.5)  # as a sign of life, with nothing new
-                pause.wait(0.05)
-
-        steps.do(order)
-        comments = stream.comments
-        steps.end()
-        stream.close() if what == "stats" else seen.result()
-        assert comments >= 2
-
     def test_who_has_logged_out_sees_no_more_after_the_next_comment(self, start, steps, events, monkeypatch):
         monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.05)
         client = start(steps.registry).client
@@ -9618,26 +7979,6 @@ class TestEvents:
         assert not seen.is_done
         client.get("/logout", Cookie=cookie)
         assert seen.result() == []
-
-    def test_who_has_logged_out_sees_no_more_of_a_busy_job_either(self, start, steps, events, monkeypatch):
-        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 0.5)
-        client = start(steps.registry).client
-        cookie = log_in(client)
-        stream = events(client, client.submit("work"), key="", Cookie=cookie)
-        stream.until("running")
-        client.get("/logout", Cookie=cookie)
-        seen = Later(stream.rest)
-        began = time.monotonic()
-
-        def order(task_id, logger):
-            pause = threading.Event()
-            while time.monotonic() < began + 4:
-                logger.info("%.3f", time.monotonic() - began)
-                pause.wait(0.05)
-
-        steps.do(order)
-        steps.end()
-        assert max(float(data["message"]) for _, data in lines_of(seen.result())) < 2
 
     def test_guesses_from_the_same_address_do_not_break_a_stream(self, start, steps, events, monkeypatch, caplog):
         monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 1.0)
@@ -9713,20 +8054,6 @@ class TestEvents:
         until(queued=0, running=0, complete=1, error=0)
         client.submit("fail")
         until(queued=0, running=0, complete=1, error=1)
-
-    def test_a_job_that_has_to_wait_is_in_the_numbers_soon(self, start, gate, events, monkeypatch):
-        monkeypatch.setattr(csp, "STATS_SECONDS", 0.02)
-        monkeypatch.setattr(csp, "KEEP_ALIVE_SECONDS", 6.0)
-        client = start(gate.registry, WORKERS=1).client
-        client.submit("wait")
-        gate.begun.get(timeout=PATIENCE_SECONDS)
-        stream = events(client)
-        while stream.next()[2]["running"] != 1:
-            pass
-        began = time.monotonic()
-        client.submit("wait")
-        assert stream.next()[2] == {"queued": 1, "running": 1, "complete": 0, "error": 0}
-        assert time.monotonic() - began < 4
 
     def test_jobs_that_are_cleared_are_out_of_the_numbers_soon(self, start, gate, events, monkeypatch):
         monkeypatch.setattr(csp, "STATS_SECONDS", 0.02)
@@ -9825,13 +8152,6 @@ def metrics_of(client):
     return read_metrics(answer.body.decode("utf-8"))[0]
 
 
-def metrics_of_service(service):
-    """Ask a service without a server."""
-    response = service.handle(csp.Request("GET", "/metrics", {}, b""))
-    assert response.status == 200
-    return read_metrics(response.body.decode("utf-8"))[0]
-
-
 def value_of(samples, name, **labels):
     return samples.get(name, {}).get(frozenset(labels.items()))
 
@@ -9840,16 +8160,10 @@ class TestMetrics:
     """GET /metrics, in the text format of Prometheus."""
 
     NAMES = {
-        "csp_build_info": "gauge",
-        "process_start_time_seconds": "gauge",
-        "csp_jobs": "gauge",
-        "csp_jobs_running": "gauge",
-        "csp_jobs_waiting": "gauge",
-        "csp_jobs_longest_waiting_seconds": "gauge",
-        "csp_job_duration_seconds": "histogram",
-        "csp_request_duration_seconds": "histogram",
-        "csp_responses_total": "counter",
-        "csp_callback_attempts_total": "counter",
+        "csp_build_info": "gauge", "process_start_time_seconds": "gauge", "csp_jobs": "gauge",
+        "csp_jobs_running": "gauge", "csp_jobs_waiting": "gauge", "csp_jobs_longest_waiting_seconds": "gauge",
+        "csp_job_duration_seconds": "histogram", "csp_request_duration_seconds": "histogram",
+        "csp_responses_total": "counter", "csp_callback_attempts_total": "counter",
     }
 
     def test_every_metric_is_there_from_the_start_and_the_readme_names_it(self, client):
@@ -9897,24 +8211,6 @@ class TestMetrics:
         job = client.submit("echo", "a")
         client.delete("/job/" + job["job_id"], key=job["job_key"])
         assert not value_of(metrics_of(client), "csp_jobs", job_type="echo", status="complete")
-
-    def test_durations_are_in_their_bucket(self, start):
-        metrics = csp.Metrics()
-        for seconds in (0.0, 0.01, 0.011, 1.0, 59.9, 7200.0, 7200.1, 1e9):
-            metrics.jobs.add((("job_type", "work"), ("status", "complete")), seconds)
-        samples, _ = read_metrics(metrics.render([]))
-        buckets = {dict(labels)["le"]: value for labels, value in samples["csp_job_duration_seconds_bucket"].items()}
-        assert [buckets[bound] for bound in ("0.01", "0.1", "1.0", "15.0", "60.0", "7200.0", "+Inf")] == [
-            2,
-            3,
-            4,
-            4,
-            5,
-            6,
-            8,
-        ]
-        [total] = samples["csp_job_duration_seconds_sum"].values()
-        assert abs(total - (0.021 + 1 + 59.9 + 7200 + 7200.1 + 1e9)) < 1e-3
 
     def test_answers_are_counted_by_route_and_not_by_what_clients_make_up(self, client):
         for number in range(20):
@@ -10001,128 +8297,56 @@ class TestMetrics:
         for secret in (job["job_key"], "the-id", "its input", "its metadata", "secret-api-key", SECURE_KEY):
             assert secret.encode() not in text
 
-    def test_it_costs_the_same_however_many_jobs_there_are(self, tmp_path):
-        costs = []
-        for count in (400, 8000):
-            path = tmp_path / f"{count}.db"
-            csp.Store(str(path)).close()
-            fill(path, count)
-            with opened(path) as connection:  # all of them wait, and nothing but the request reads
-                connection.execute(
-                    """UPDATE jobs SET status = 'pending', run_at = 1e10 + seq, finished_timestamp = NULL,
-                    callback_at = NULL, callback_host = NULL"""
-                )
-                connection.execute("DELETE FROM counts")
-                connection.execute("INSERT INTO counts SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2")
-            settings = csp.Settings({"SQLALCHEMY_DATABASE_URI": str(path), "PASSWORD": "x" * 20})
-            service = csp.Service(settings, csp.Registry())
-            try:
-                statements, steps = observe(service.store, lambda service=service: metrics_of_service(service))
-                costs.append((len(statements), steps))
-            finally:
-                service.close(0)
-        assert costs[0] == costs[1] and costs[0][0] <= 2
-
-
 TALK_MODULE = """
     import logging, os, time
+    import csp
     import csp.job as job, csp.util as util
+
+    csp.SPARE_THREAD_SECONDS = 0.5
 
     @job.asynchronous
     def wait(task_id, input):
         logger = logging.getLogger(task_id)
         logger.propagate = False
         logger.addHandler(util.StoringHandler(task_id, input))
-        while not os.path.exists(input["data"]["until"]):
-            if input["data"]["talks"]:
-                logger.warning("still waiting")
+        while not os.path.exists(input["data"]):
+            logger.warning("still waiting")
             time.sleep(0.1)
     """
 
 
 @linux_only
 class TestManyWaiters:
-    """Many clients that wait, in a process of their own."""
+    """Many clients that wait, in a process of their own, for jobs that log ten times a second."""
 
-    @staticmethod
-    def open_waiters(client, jobs):
-        """Return 150 connections with event streams, and what came on them first, and 150 with Prefer: wait."""
-        connections = []
-        for number in range(300):
-            job = jobs[number % len(jobs)]
-            path = f"/job/{job['job_id']}/events" if number < 150 else f"/job/{job['job_id']}"
-            head = f"GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\nAuthorization: {job['job_key']}\r\n"
-            head += "\r\n" if number < 150 else "Prefer: wait=50\r\n\r\n"
-            connections += open_connections(client.url, 1, head.encode("ascii"))
-        first = [connection.recv(65_536) for connection in connections[:150]]
-        assert all(part.startswith(b"HTTP/1.1 200 ") for part in first)
-        return connections[:150], first, connections[150:]
-
-    @staticmethod
-    def time_requests(client, count):
-        """Return the sorted times in milliseconds of GET /status on one connection."""
-        connection, times = http.client.HTTPConnection(client.host, client.port, timeout=PATIENCE_SECONDS), []
-        for _ in range(count):
-            began = time.perf_counter()
-            connection.request("GET", "/status")
-            assert json.loads(connection.getresponse().read().decode("utf-8"))["stats"]["pending"] == 5
-            times.append((time.perf_counter() - began) * 1000)
-        connection.close()
-        return sorted(times)
-
-    @pytest.mark.parametrize("talks", [False, True], ids=["quiet", "jobs that log ten times a second"])
-    def test_many_wait_and_are_answered_and_others_do_not_notice(self, launch, many_files, tmp_path, talks):
+    def test_many_wait_and_are_answered_and_others_do_not_notice(self, launch, tmp_path):
         server = launch(TALK_MODULE, "--workers", "8")
-        data = {"until": str(tmp_path / "go"), "talks": talks}
-        jobs = [server.client.submit("wait", data=data) for _ in range(5)]
-        began = time.monotonic()
-        streams, first, waiters = self.open_waiters(server.client, jobs)
-        try:
-            eventually(lambda: thread_count(server.process.pid) >= 300)
-            opened_in = time.monotonic() - began
-            times = self.time_requests(server.client, 100)
-            assert not [connection for connection in waiters if is_readable(connection)]
-            began = time.monotonic()
+        jobs = [server.client.submit("wait", data=str(tmp_path / "go")) for _ in range(5)]
+        requests = [(20, f"GET /job/{job['job_id']}{end}Authorization: {job['job_key']}\r\n\r\n".encode())
+                    for end in ("/events HTTP/1.1\r\nHost: a\r\nConnection: close\r\n",
+                                " HTTP/1.1\r\nHost: a\r\nConnection: close\r\nPrefer: wait=50\r\n") for job in jobs]
+        with connections(server.url, *requests) as waiting:
+            streams, waiters = waiting[:100], waiting[100:]
+            first = [connection.recv(65_536) for connection in streams]
+            assert all(part.startswith(b"HTTP/1.1 200 ") for part in first)
+            eventually(lambda: thread_count(server.process.pid) >= 200)
+            times = []
+            for _ in range(100):
+                began = time.perf_counter()
+                assert server.client.get("/status").json["stats"]["pending"] == 5
+                times.append(time.perf_counter() - began)
+            assert sorted(times)[98] < 0.1
             (tmp_path / "go").touch()
-            rest = [read_to_end(connection) for connection in streams]
-            answers = [read_to_end(connection) for connection in waiters]
-            ended_in = time.monotonic() - began
-        finally:
-            for connection in streams + waiters:
-                connection.close()
-        print(
-            f"\n300 waiters: opened in {opened_in:.2f} s; GET /status p50 {times[50]:.1f} ms, "
-            f"p99 {times[98]:.1f} ms, max {times[-1]:.1f} ms; all answered in {ended_in:.2f} s"
-        )
-        for begin, end in zip(first, rest):
-            assert (begin + end).endswith(b"\n\n\r\n0\r\n\r\n") and re.search(rb'"state": ?"complete"', begin + end)
-        for answer in answers:
-            head, _, body = answer.partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 200 ") and b"\r\nPreference-Applied: wait=50\r\n" in head
-            assert json.loads(body.decode("utf-8"))["status"] == "complete"
-        assert times[98] < 100
+            for begin, connection in zip(first, streams):
+                stream = begin + read_to_end(connection)
+                assert stream.endswith(b"\n\n\r\n0\r\n\r\n") and re.search(rb'"state": ?"complete"', stream)
+            for connection in waiters:
+                head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 200 ") and b"\r\nPreference-Applied: wait=50\r\n" in head
+                assert json.loads(body.decode("utf-8"))["status"] == "complete"
         assert server.client.get("/status").json["stats"] == {"pending": 0, "complete": 5, "error": 0}
         eventually(lambda: thread_count(server.process.pid) < 100)
         assert server.terminate() == 0
-
-
-def is_readable(connection):
-    connection.setblocking(False)
-    try:
-        return bool(connection.recv(1, socket.MSG_PEEK))
-    except BlockingIOError:
-        return False
-    finally:
-        connection.settimeout(PATIENCE_SECONDS)
-
-
-def read_to_end(connection):
-    parts = []
-    while True:
-        part = connection.recv(65_536)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
 
 
 @pytest.fixture(scope="module")
@@ -10132,30 +8356,24 @@ def site():
         "/good.csv": b"date;name;size;code\n2020-01-02;a;1;007\n2020-01-01;b;2.5;008\n2020-01-03;;;009\n",
         "/tab.tsv": "n\u00e4me\tn\n\u00e4\t1\n".encode("utf-16"),
         "/latin.csv": "n\u00e4me,n\n\u00e4,1\n".encode("latin-1"),
-        "/empty": b"",
-        "/html": b"<!DOCTYPE html><p>",
-        "/binary": b"a\x00b",
-        "/zip": b"PK\x03\x04abc",
-        "/plain": b"1,2\n3,4\n",
+        "/plain": b"1,2\n3,4\n", "/empty": b"", "/html": b"<!DOCTYPE html>", "/binary": b"a\0b", "/zip": b"PK\3\4abc",
     }
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            body = pages.get(self.path)
-            self.send_response(404 if body is None else 200)
-            self.send_header("Content-Length", str(len(body or b"") + (self.path == "/empty" and 0)))
+            body = pages.get(self.path, b"")
+            self.send_response(200 if self.path in pages else 404)
+            self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body or b"")
+            self.wfile.write(body)
 
         def log_message(self, *arguments):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield "http://127.0.0.1:%d" % server.server_address[1]
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield "http://127.0.0.1:%d" % server.server_address[1]
+        server.shutdown()
 
 
 class TestExamples:
@@ -10168,124 +8386,64 @@ class TestExamples:
         return start(csp.registry).client
 
     def test_checksum(self, example, site):
-        job = example.submit("checksum", {"url": site + "/plain"})
-        assert job["data"] == {
-            "url": site + "/plain",
-            "sha256": hashlib.sha256(b"1,2\n3,4\n").hexdigest(),
-            "size_bytes": 8,
-        }
+        url = site + "/plain"
+        wanted = {"url": url, "sha256": hashlib.sha256(b"1,2\n3,4\n").hexdigest(), "size_bytes": 8}
+        assert example.submit("checksum", {"url": url})["data"] == wanted
 
     def test_profile_csv_tells_what_is_in_the_columns(self, example, site, receiver):
         job = example.finish(example.submit("profile_csv", {"url": site + "/good.csv"}, result_url=receiver.url))
         data = job["data"]
         assert (data["rows"], data["delimiter"], data["encoding"], data["has_header"]) == (3, ";", "utf-8", True)
-        told = [
-            tuple(column[key] for key in ("name", "type", "empties", "distinct", "min", "max", "mean"))
-            for column in data["columns"]
-        ]
-        assert told == [
-            ("date", "date", 0, 3, "2020-01-01", "2020-01-03", None),
-            ("name", "text", 1, 2, "a", "b", None),
-            ("size", "number", 1, 2, 1, 2.5, 1.75),
-            ("code", "text", 0, 3, "007", "009", None),
-        ]
+        keys = ("name", "type", "empties", "distinct", "min", "max", "mean")
+        assert [tuple(column[key] for key in keys) for column in data["columns"]] == [
+            ("date", "date", 0, 3, "2020-01-01", "2020-01-03", None), ("name", "text", 1, 2, "a", "b", None),
+            ("size", "number", 1, 2, 1, 2.5, 1.75), ("code", "text", 0, 3, "007", "009", None)]
         assert job["progress"]["fraction"] == 1.0 and len(job["logs"]) >= 2
         assert receiver.wait()[0][0]["Authorization"] == "secret-api-key"
 
-    @pytest.mark.parametrize(
-        "path, encoding, delimiter, has_header",
-        [("/tab.tsv", "utf-16", "\t", True), ("/latin.csv", "cp1252", ",", True), ("/plain", "utf-8", ",", False)],
-    )
+    @pytest.mark.parametrize("path, encoding, delimiter, has_header", [
+        ("/tab.tsv", "utf-16", "\t", True), ("/latin.csv", "cp1252", ",", True), ("/plain", "utf-8", ",", False)])
     def test_profile_csv_guesses(self, example, site, path, encoding, delimiter, has_header):
         data = example.finish(example.submit("profile_csv", {"url": site + path}))["data"]
         assert (data["encoding"], data["delimiter"], data["has_header"]) == (encoding, delimiter, has_header)
 
-    @pytest.mark.parametrize(
-        "path, sentence",
-        [
-            ("/empty", "file is empty"),
-            ("/html", "HTML page"),
-            ("/binary", "binary data"),
-            ("/zip", "ZIP archive"),
-            ("/nothing", "status 404"),
-        ],
-    )
-    def test_profile_csv_says_what_is_wrong(self, example, site, path, sentence):
-        job = example.finish(example.submit("profile_csv", {"url": site + path}))
-        assert job["status"] == "error" and sentence in job["error"]["message"] and set(job["error"]) == {"message"}
-
-    @pytest.mark.parametrize(
-        "data, sentence",
-        [
-            (None, "data has to be an object"),
-            ("x", "data has to be an object"),
-            ({"url": 5}, "begins with http"),
-            ({"url": "file:///etc/passwd"}, "begins with http"),
-            ({"url": "http://127.0.0.1:1/"}, "cannot be reached"),
-            ({"url": "http://a", "limit_bytes": 0}, "limit_bytes"),
-        ],
-    )
-    def test_bad_input_is_a_job_error(self, example, data, sentence):
-        for job in (example.submit("checksum", data), example.finish(example.submit("profile_csv", data))):
-            assert job["status"] == "error" and sentence in job["error"]["message"] and "traceback" not in job["error"]
+    @pytest.mark.parametrize("job_types, data, sentence", [
+        (["profile_csv"], "/empty", "file is empty"), (["profile_csv"], "/html", "HTML page"),
+        (["profile_csv"], "/binary", "binary data"), (["profile_csv"], "/zip", "ZIP archive"),
+        *((["checksum", "profile_csv"], *case) for case in [
+            ("/nothing", "status 404"), (None, "data has to be an object"), ("x", "data has to be an object"),
+            ({"url": 5}, "begins with http"), ({"url": "file:///etc/passwd"}, "begins with http"),
+            ({"url": "http://a", "limit_bytes": 0}, "limit_bytes"), ({"url": "http://127.0.0.1:1/"}, "be reached"),
+        ])])
+    def test_what_is_wrong_is_a_job_error(self, example, site, job_types, data, sentence):
+        data = {"url": site + data} if isinstance(data, str) and data[0] == "/" else data
+        for job_type in job_types:
+            job = example.finish(example.submit(job_type, data))
+            assert job["status"] == "error" and sentence in job["error"]["message"] and set(job["error"]) == {"message"}
 
 
 # What ckanserviceprovider 1.2.0 left behind when it was killed: sqlite3's .dump of its database
 PREDECESSOR_DUMP = r"""
 PRAGMA foreign_keys=OFF;
 BEGIN TRANSACTION;
-CREATE TABLE jobs (
-	job_id TEXT NOT NULL,
-	job_type TEXT,
-	status TEXT,
-	data TEXT,
-	error TEXT,
-	requested_timestamp DATETIME,
-	finished_timestamp DATETIME,
-	sent_data TEXT,
-	aps_job_id TEXT,
-	result_url TEXT,
-	api_key TEXT,
-	job_key TEXT,
-	PRIMARY KEY (job_id)
-);
+CREATE TABLE jobs (job_id TEXT NOT NULL, job_type TEXT, status TEXT, data TEXT, error TEXT,
+    requested_timestamp DATETIME, finished_timestamp DATETIME, sent_data TEXT, aps_job_id TEXT, result_url TEXT, api_key TEXT, job_key TEXT, PRIMARY KEY (job_id));
 INSERT INTO jobs VALUES('ok','echo','complete','">hi"',NULL,'2026-11-23 20:29:00.026358','2026-11-23 20:29:00.040047','"hi"',NULL,NULL,NULL,'key-ok');
 INSERT INTO jobs VALUES('bad','echo','error',NULL,'{"message": "do not start message with >"}','2026-11-23 20:29:00.058037','2026-11-23 20:29:00.059858','">hi"',NULL,NULL,NULL,'09ff670b-e43d-460d-895a-d62cacd867e1');
 INSERT INTO jobs VALUES('worse','echo','error',NULL,'{"message": "  File \"main.py\", line 11, in echo\n    if input[''data''].startswith(''#''): raise Exception(''serious exception'')\nException(''serious exception'')"}','2026-11-23 20:29:00.074983','2026-11-23 20:29:00.076859','"#x"',NULL,NULL,NULL,'df6f2943-c8e7-4021-b4a7-a581ef5cada4');
 INSERT INTO jobs VALUES('quick','quick','complete','{"a": [1, null, "\u00e4"]}','{"message": "Process completed but unable to post to result_url"}','2026-11-23 20:29:00.096112','2026-11-23 20:29:00.106174','{"q": 1}','3bd9fdf525f946f29ca899c2969e9cef','http://127.0.0.1:9/x','k4','86263f31-4f44-4c3a-b00e-176ba56bebd8');
 INSERT INTO jobs VALUES('slow','slow','pending',NULL,NULL,'2026-11-23 20:29:00.116789',NULL,'{"q": 1}','2b13724d82844edb97bc0c347dc6f307','http://127.0.0.1:8166/cb','X-Key: k5','4ce9acda-3c8a-4199-979f-243f97764f37');
 INSERT INTO jobs VALUES('nodata','quick','pending',NULL,NULL,'2026-11-23 20:29:00.137526',NULL,'{}','77bf8370854f4d0aa77ae97f1ccefa6f',NULL,'k6','c45a4ad0-2a28-4469-9832-dfb1e1081f4c');
-CREATE TABLE metadata (
-	job_id TEXT NOT NULL,
-	"key" TEXT NOT NULL,
-	value TEXT,
-	type TEXT,
-	PRIMARY KEY (job_id, "key"),
-	FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE
-);
+CREATE TABLE metadata (job_id TEXT NOT NULL, "key" TEXT NOT NULL, value TEXT, type TEXT, PRIMARY KEY (job_id, "key"), FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE);
 INSERT INTO metadata VALUES('ok','mimetype','text/plain','string');
 INSERT INTO metadata VALUES('ok','n','5','json');
 INSERT INTO metadata VALUES('ok','list','[1, "x"]','json');
 INSERT INTO metadata VALUES('ok','s','5','string');
 INSERT INTO metadata VALUES('slow','ckan_url','http://x/','string');
-CREATE TABLE logs (
-	job_id TEXT NOT NULL,
-	timestamp DATETIME,
-	message TEXT,
-	level TEXT,
-	module TEXT,
-	"funcName" TEXT,
-	lineno INTEGER,
-	FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE
-);
+CREATE TABLE logs (job_id TEXT NOT NULL, timestamp DATETIME, message TEXT, level TEXT, module TEXT, "funcName" TEXT, lineno INTEGER, FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE);
 INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.031276','a line','INFO','main','echo',12);
 INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.035805','another ä','WARNING','main','echo',12);
-CREATE TABLE apscheduler_jobs (
-	id VARCHAR(191) NOT NULL,
-	next_run_time FLOAT,
-	job_state BLOB NOT NULL,
-	PRIMARY KEY (id)
-);
+CREATE TABLE apscheduler_jobs (id VARCHAR(191) NOT NULL, next_run_time FLOAT, job_state BLOB NOT NULL, PRIMARY KEY (id));
 CREATE INDEX ix_jobs_status ON jobs (status);
 CREATE INDEX ix_metadata_value ON metadata (value);
 CREATE INDEX ix_apscheduler_jobs_next_run_time ON apscheduler_jobs (next_run_time);
@@ -10302,14 +8460,14 @@ class TestPredecessor:
             connection.executescript(PREDECESSOR_DUMP)
         return tmp_path / "jobs.db"
 
-    def test_its_finished_jobs_are_there_with_everything(self, old_database, start):
+    def test_its_finished_jobs_are_there_with_everything_and_can_be_cleared(self, old_database, start):
         client = start(WORKERS=1).client
         listed = [path.rpartition("/")[2] for path in client.get("/job?_limit=10").json["list"]]
         assert listed == ["nodata", "slow", "quick", "worse", "bad", "ok"]
         good = client.get("/job/ok", key="key-ok").json
         assert (good["status"], good["data"], good["sent_data"], good["error"]) == ("complete", ">hi", "hi", None)
         assert good["metadata"] == {"mimetype": "text/plain", "n": 5, "list": [1, "x"], "s": "5"}
-        assert [line["message"] for line in good["logs"]] == ["a line", "another \u00e4"]
+        assert messages(good) == ["a line", "another \u00e4"]
         assert good["logs"][0]["timestamp"] == "2026-11-23T20:29:00.031276"
         assert good["requested_timestamp"] == "2026-11-23T20:29:00.026358"
         assert client.get("/job/ok/data", key="key-ok").body == b">hi"
@@ -10318,52 +8476,30 @@ class TestPredecessor:
         quick = client.get("/job/quick", key=SECURE_KEY).json
         assert quick["data"] == {"a": [1, None, "\u00e4"]} and quick["error"]["message"].startswith("Process completed")
         assert client.get("/job?n=5").json == {"list": ["/job/ok"]} == client.get("/job?s=5&mimetype=text/plain").json
+        rows_of(old_database, "UPDATE jobs SET finished_timestamp = '2020-01-01T00:00:00.000000' WHERE job_id = 'ok'")
+        assert client.delete("/job?days=1000", key=ADMIN).json == {"success": True, "deleted": 1}
+        assert query(old_database, "SELECT count(*) FROM logs") == [(0,)]
 
     def test_its_pending_jobs_run_and_their_callbacks_go_out(self, old_database, start, receiver):
-        with contextlib.closing(sqlite3.connect(str(old_database))) as connection, connection:
-            connection.execute("UPDATE jobs SET result_url = ? WHERE job_id = 'slow'", (receiver.url,))
+        rows_of(old_database, "UPDATE jobs SET result_url = ? WHERE job_id = 'slow'", receiver.url)
         registry, seen = csp.Registry(), []
-
-        @registry.asynchronous
-        def slow(task_id, input):
-            seen.append(input)
-            return 1
-
-        @registry.asynchronous
-        def quick(task_id, input):
-            return 2
-
+        registry.asynchronous(named("slow", lambda task_id, input: seen.append(input) or 1))
+        registry.asynchronous(named("quick", lambda task_id, input: 2))
         client = start(registry).client
         headers, body = receiver.wait()[0]
         assert headers["X-Key"] == "k5" and (body["job_id"], body["status"], body["data"]) == ("slow", "complete", 1)
-        assert seen == [
-            {
-                "job_type": "slow",
-                "api_key": "X-Key: k5",
-                "data": {"q": 1},
-                "result_url": receiver.url,
-                "metadata": {"ckan_url": "http://x/"},
-            }
-        ]
+        assert seen == [{"job_type": "slow", "api_key": "X-Key: k5", "data": {"q": 1}, "result_url": receiver.url,
+                         "metadata": {"ckan_url": "http://x/"}}]
         eventually(lambda: client.get("/status").json["stats"] == {"pending": 0, "complete": 4, "error": 2})
         assert query(old_database, "SELECT job_id FROM jobs WHERE api_key IS NOT NULL") in ([], [("slow",)])
 
     def test_a_result_url_that_is_none_does_not_keep_it_from_being_opened(self, old_database, start):
-        with contextlib.closing(sqlite3.connect(str(old_database))) as connection, connection:
-            connection.execute("UPDATE jobs SET result_url = 'http://[broken/'")
+        rows_of(old_database, "UPDATE jobs SET result_url = 'http://[broken/'")
         client = start().client
         assert client.get("/job/ok", key="key-ok").json["result_url"] == "http://[broken/"
         job = {"job_id": "slow", "job_key": "4ce9acda-3c8a-4199-979f-243f97764f37"}
         client.finish(job)
         assert attempted(client, job)["callback"]["error"]
-
-    def test_its_old_jobs_are_cleared(self, old_database, start):
-        with contextlib.closing(sqlite3.connect(str(old_database))) as connection, connection:
-            connection.execute("UPDATE jobs SET finished_timestamp = '2020-01-01 00:00:00' WHERE job_id = 'ok'")
-        client = start().client
-        assert client.delete("/job?days=1000", key=ADMIN).json == {"success": True, "deleted": 1}
-        assert "/job/ok" not in client.get("/job").json["list"]
-        assert query(old_database, "SELECT count(*) FROM logs") == [(0,)]
 
 
 DEPLOYMENT = {  # as a converter for CKAN is deployed: a package, its settings, a WSGI file
@@ -10374,12 +8510,8 @@ DEPLOYMENT = {  # as a converter for CKAN is deployed: a package, its settings, 
         import ckanserviceprovider.util as util
         from ckanserviceprovider import web
 
-        if web.app.config.get("SSL_VERIFY") in ("False", "FALSE", "0", False, 0):
-            SSL_VERIFY = False
-        else:
-            SSL_VERIFY = True
+        SSL_VERIFY = web.app.config.get("SSL_VERIFY") not in ("False", "FALSE", "0", False, 0)
         CHUNK_SIZE = web.app.config.get("CHUNK_SIZE") or 16384
-
 
         class HTTPError(util.JobError):
             def __init__(self, message, status_code):
@@ -10391,7 +8523,6 @@ DEPLOYMENT = {  # as a converter for CKAN is deployed: a package, its settings, 
 
             def __str__(self):
                 return "bytes".encode("ascii")
-
 
         @job.asynchronous
         def push(task_id, input, dry_run=False):
@@ -10412,12 +8543,10 @@ DEPLOYMENT = {  # as a converter for CKAN is deployed: a package, its settings, 
 
         assert jobs.push
 
-
         def main():
             os.environ["JOB_CONFIG"] = os.path.abspath(sys.argv[1])
             web.init()
             web.app.run(web.app.config.get("HOST"), web.app.config.get("PORT"))
-
 
         if __name__ == "__main__":
             main()
@@ -10438,7 +8567,7 @@ DEPLOYMENT = {  # as a converter for CKAN is deployed: a package, its settings, 
         KEEP_JOBS_AGE = "60"
         STDERR = bool(int(os.environ.get("PUSHER_STDERR", "1")))
         """,
-    "pusher.wsgi": """
+    "pusher_wsgi.py": """
         import os
         os.environ["JOB_CONFIG"] = os.path.join(os.path.dirname(os.path.abspath(__file__)), "settings.py")
         import ckanserviceprovider.web as web
@@ -10464,23 +8593,14 @@ def deploy(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(textwrap.dedent(text), encoding="utf-8")
     shutil.copy(str(PROGRAM), str(tmp_path / "ckanserviceprovider.py"))
-    shutil.copy(str(tmp_path / "pusher.wsgi"), str(tmp_path / "pusher_wsgi.py"))
     running = []
 
     def start_deployment(*command, **environ):
         port = free_port()
         environ = {**os.environ, "PUSHER_PORT": str(port), "PYTHONPATH": str(tmp_path), **environ}
         with open(tmp_path / "log", "ab") as log:
-            running.append(
-                subprocess.Popen(
-                    [part.format(port=port) for part in command],
-                    cwd=str(tmp_path),
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
-            )
+            running.append(subprocess.Popen([part.format(port=port) for part in command], cwd=str(tmp_path),
+                                            env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
         client = Client(f"http://127.0.0.1:{port}/")
 
         def is_up():
@@ -10503,34 +8623,16 @@ def deploy(tmp_path):
 
 def ckan_pushes(client, receiver, **metadata):
     """Do what CKAN's own extension does: submit, wait for the callback, ask for the job and read its log; return it."""
-    answer = client.post(
-        "/job",
-        {
-            "api_key": "ckan-api-key",
-            "job_type": "push",
-            "result_url": receiver.url,
-            "metadata": {
-                "ignore_hash": False,
-                "ckan_url": "http://ckan.example/",
-                "resource_id": "r-1",
-                "set_url_type": False,
-                "task_created": "2026-11-23 20:00:00.000000",
-                "original_url": "http://ckan.example/x.csv",
-                **metadata,
-            },
-        },
-    )
-    assert answer.status == 200
-    submitted = answer.json
-    assert submitted["job_id"] and submitted["job_key"]
+    submitted = client.submit("push", api_key="ckan-api-key", result_url=receiver.url, metadata={
+        "ignore_hash": False, "ckan_url": "http://ckan.example/", "resource_id": "r-1", "set_url_type": False,
+        "task_created": "2026-11-23 20:00:00.000000", "original_url": "http://ckan.example/x.csv", **metadata})
     headers, body = receiver.wait()[-1]
     assert headers["Authorization"] == "ckan-api-key" and headers["Content-Type"] == "application/json"
     assert body["metadata"]["resource_id"] == "r-1" and body["status"] in ("complete", "error")
     job = client.get("/job/" + submitted["job_id"], key=submitted["job_key"]).json
     for entry in job["logs"]:
         moment = time.strptime(entry["timestamp"].split(".")[0], "%Y-%m-%dT%H:%M:%S")
-        assert time.strptime(entry["timestamp"], "%Y-%m-%dT%H:%M:%S.%f") == moment
-        entry["epoch"] = time.mktime(moment)
+        assert time.strptime(entry["timestamp"], "%Y-%m-%dT%H:%M:%S.%f") == moment and time.mktime(moment)
         assert len(entry["timestamp"].rpartition(".")[2]) == 6 and entry["message"].splitlines()
     assert sorted(job["logs"], key=lambda entry: entry["timestamp"]) == job["logs"]
     return job
@@ -10539,58 +8641,29 @@ def ckan_pushes(client, receiver, **metadata):
 class TestDeployments:
     """A converter for CKAN, deployed in each way there is."""
 
-    WAYS = {
-        "csp.py": ("{python}", "ckanserviceprovider.py", "--jobs", "pkg.jobs", "--config", "settings.py"),
-        "main.py": ("{python}", "pkg/main.py", "settings.py"),
-        "gunicorn": ("{python}", "-m", "gunicorn", "--threads", "8", "--bind", "127.0.0.1:{port}", "pusher_wsgi"),
-        "gunicorn, factory": (
-            "{python}",
-            "-m",
-            "gunicorn",
-            "--threads",
-            "8",
-            "--bind",
-            "127.0.0.1:{port}",
-            "ckanserviceprovider:wsgi_app('pkg.jobs')",
-        ),
-        "waitress": ("{python}", "-m", "waitress", "--listen", "127.0.0.1:{port}", "pusher_wsgi:application"),
-    }
+    GUNICORN = ("-m", "gunicorn", "--threads", "8", "--bind", "127.0.0.1:{port}")
 
-    @pytest.mark.parametrize("way", WAYS)
-    def test_a_job_goes_through_to_its_callback(self, deploy, receiver, way):
-        module = way.partition(",")[0]
-        python = sys.executable if module.endswith(".py") else needs_module(module)
-        client = deploy(*(part.replace("{python}", python) for part in self.WAYS[way]), JOB_CONFIG="settings.py")
+    @pytest.mark.parametrize("module, zone, hours, command", [
+        ("", "Asia/Kolkata", 5.5, ("ckanserviceprovider.py", "--jobs", "pkg.jobs", "--config", "settings.py")),
+        ("", "America/St_Johns", -3.5, ("pkg/main.py", "settings.py")),
+        ("gunicorn", "UTC", 0, (*GUNICORN, "pusher_wsgi")),
+        ("gunicorn", "UTC", 0, (*GUNICORN, "ckanserviceprovider:wsgi_app('pkg.jobs')")),
+        ("waitress", "UTC", 0, ("-m", "waitress", "--listen", "127.0.0.1:{port}", "pusher_wsgi:application")),
+    ], ids=["csp.py", "main.py", "gunicorn", "gunicorn, factory", "waitress"])
+    def test_a_job_goes_through_to_its_callback(self, deploy, receiver, module, zone, hours, command):
+        python = needs_module(module) if module else sys.executable
+        client = deploy(python, *command, JOB_CONFIG="settings.py", TZ=zone)
         assert client.get("/status").json["name"] == "pusher"
         job = ckan_pushes(client, receiver)
         assert job["status"] == "complete" and job["data"] is None and job["error"] is None
-        assert [entry["message"] for entry in job["logs"]] == [
-            "Fetching from: http://ckan.example/",
-            "chunks of 1024, verify False, \u00e4",
-        ]
+        assert messages(job) == ["Fetching from: http://ckan.example/", "chunks of 1024, verify False, \u00e4"]
+        local = time.strptime(job["finished_timestamp"], "%Y-%m-%dT%H:%M:%S.%f")
+        assert abs(calendar.timegm(local) - hours * 3600 - time.time()) < 3700
         receiver.received.clear()
-        assert ckan_pushes(client, receiver, fail=True)["error"] == {
-            "message": "no such resource",
-            "HTTP status code": 404,
-        }
+        error = {"message": "no such resource", "HTTP status code": 404}
+        assert ckan_pushes(client, receiver, fail=True)["error"] == error
         assert client.get("/login", key=ADMIN).status == 302 and client.get("/job/x").status == 404
         assert client.request("POST", "/job", "{", {"Content-Type": "application/json"}).error == "Malformed json"
-
-    @pytest.mark.parametrize("zone", ["Asia/Kolkata", "America/St_Johns"])
-    def test_ckans_client_understands_every_time_in_any_zone(self, deploy, receiver, zone):
-        client = deploy(
-            sys.executable, "ckanserviceprovider.py", "--jobs", "pkg.jobs", "--config", "settings.py", TZ=zone
-        )
-        job = ckan_pushes(client, receiver)
-        offset = 5.5 * 3600 if zone == "Asia/Kolkata" else -3.5 * 3600
-        local = time.strptime(job["finished_timestamp"], "%Y-%m-%dT%H:%M:%S.%f")
-        assert abs(calendar.timegm(local) - offset - time.time()) < 3700
-
-    def test_a_second_process_on_the_database_is_refused_with_the_sentence(self, deploy, tmp_path):
-        client = deploy(sys.executable, "ckanserviceprovider.py", "--jobs", "pkg.jobs", "--config", "settings.py")
-        assert client.get("/status").status == 200
-        second = run_command("--config", "settings.py", "--port", 0, cwd=tmp_path)
-        assert second.returncode == 2 and "in use by another csp server" in second.stderr
 
 
 class TestWsgi:
@@ -10600,17 +8673,11 @@ class TestWsgi:
     def call(application, method="GET", path="/status", query="", body=b"", **environ):
         """Return status, headers and body."""
         answer = []
+        body = body if isinstance(body, bytes) else json.dumps(body).encode()
         environ = {
-            "REQUEST_METHOD": method,
-            "PATH_INFO": path,
-            "QUERY_STRING": query,
-            "REMOTE_ADDR": "192.0.2.1",
-            "wsgi.url_scheme": "http",
-            "wsgi.input": io.BytesIO(body),
-            "HTTP_HOST": "a",
-            "CONTENT_LENGTH": str(len(body)) if body else "",
-            "CONTENT_TYPE": "application/json",
-            **environ,
+            "REQUEST_METHOD": method, "PATH_INFO": path.encode().decode("latin-1"), "QUERY_STRING": query,
+            "REMOTE_ADDR": "192.0.2.1", "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(body), "HTTP_HOST": "a",
+            "CONTENT_LENGTH": str(len(body)) if body else "", "CONTENT_TYPE": "application/json", **environ,
         }
         parts = application(environ, lambda status, headers: answer.extend((status, dict(headers))))
         return int(answer[0][:3]), answer[1], b"".join(parts)
@@ -10619,7 +8686,7 @@ class TestWsgi:
     def test_a_large_job_is_answered_in_pieces_of_known_length(self, service, text):
         application = csp.Wsgi(service.service)
         data = text * csp.LARGE_CHARACTERS
-        status, headers, body = self.call(application, "POST", "/job", body=json.dumps(submission(data=data)).encode())
+        status, headers, body = self.call(application, "POST", "/job", body=submission(data=data))
         job = json.loads(body)
         assert (status, job["data"], headers["Content-Length"]) == (200, ">" + data, str(len(body)))
         path = f"/job/{job['job_id']}/data"
@@ -10634,35 +8701,21 @@ class TestWsgi:
         assert (status, json.loads(body)) == (200, service.client.get("/status").json)
         assert headers["Content-Length"] == str(len(body)) and headers["X-Content-Type-Options"] == "nosniff"
         assert self.call(application, "HEAD")[2] == b"" and self.call(application, "POST")[0] == 405
-        status, _, body = self.call(
-            application,
-            "POST",
-            "/job/a \u00e4".encode().decode("latin-1"),
-            body=json.dumps(submission(data="x")).encode(),
-        )
+        status, _, body = self.call(application, "POST", "/job/a \u00e4", body=submission(data="x"))
         assert status == 200 and json.loads(body)["job_id"] == "a \u00e4" and json.loads(body)["data"] == ">x"
+        assert self.call(application, path="/job/a \u00e4", HTTP_AUTHORIZATION=SECURE_KEY)[0] == 200
         assert self.call(application, path="/job", query="_limit=x")[0] == 409
-        assert (
-            self.call(application, path="/job/a \u00e4".encode().decode("latin-1"), HTTP_AUTHORIZATION=SECURE_KEY)[0]
-            == 200
-        )
 
-    @pytest.mark.parametrize(
-        "environ, status",
-        [
-            ({"CONTENT_LENGTH": "x"}, 400),
-            ({"CONTENT_LENGTH": "-1"}, 400),
-            ({"CONTENT_LENGTH": "99999999999"}, 413),
-            ({"CONTENT_LENGTH": "5"}, 400),
-            ({"CONTENT_LENGTH": ""}, 409),
-        ],
-    )
-    def test_a_length_that_is_none_is_refused(self, service, environ, status):
-        assert self.call(csp.Wsgi(service.service), "POST", "/job", **environ)[0] == status
+    def test_bodies_are_read_to_their_length_or_to_the_limit(self, start):
+        application = csp.Wsgi(start(MAX_BODY_BYTES=2000).service)
+        for length, status in (("x", 400), ("-1", 400), ("99999999999", 413), ("5", 400), ("", 409)):
+            assert self.call(application, "POST", "/job", CONTENT_LENGTH=length)[0] == status, length
+        chunked = {"CONTENT_LENGTH": "", "wsgi.input_terminated": True}
+        assert self.call(application, "POST", "/job", body=submission(data="x"), **chunked)[0] == 200
+        assert self.call(application, "POST", "/job", body=b" " * 3000, **chunked)[0] == 413
 
-    @pytest.mark.parametrize("options", [[], ["-O"]], ids=["as it is", "without assertions"])
-    def test_wrong_settings_are_refused_before_the_first_request(self, tmp_path, options):
-        program = [*options, "-c", "import csp; csp.wsgi_app()"]
+    def test_wrong_settings_are_refused_before_the_first_request(self, tmp_path):
+        program = ["-O", "-c", "import csp; csp.wsgi_app()"]
         done = run_command(program=program, cwd=tmp_path, environ={"PYTHONPATH": str(HERE), "JOB_CONFIG": "nope.py"})
         assert done.returncode == 1 and "StartError: The settings file nope.py cannot be read" in done.stderr
 
@@ -10683,20 +8736,9 @@ class TestWsgi:
         assert self.call(application)[0] == 200
         application.service.close(0.0)
 
-    def test_chunked_bodies_that_the_server_ends_are_read_to_the_limit(self, start):
-        application = csp.Wsgi(start(MAX_BODY_BYTES=2000).service)
-        body = json.dumps(submission(data="x")).encode()
-        chunked = {"CONTENT_LENGTH": "", "wsgi.input_terminated": True}
-        assert self.call(application, "POST", "/job", body=body, **chunked)[0] == 200
-        assert self.call(application, "POST", "/job", body=b" " * 3000, **chunked)[0] == 413
-
     def test_forwarded_fields_count_from_trusted_proxies_only(self, start):
-        forwarded = {
-            "HTTP_X_FORWARDED_PROTO": "https",
-            "HTTP_X_FORWARDED_FOR": "198.51.100.7",
-            "HTTP_X_FORWARDED_HOST": "jobs.example",
-            "HTTP_AUTHORIZATION": ADMIN,
-        }
+        forwarded = {"HTTP_X_FORWARDED_PROTO": "https", "HTTP_X_FORWARDED_FOR": "198.51.100.7",
+                     "HTTP_X_FORWARDED_HOST": "jobs.example", "HTTP_AUTHORIZATION": ADMIN}
         for trusted, name in (("192.0.2.1", "__Host-csp_session"), ("", "csp_session")):
             application = csp.Wsgi(start(path=None, TRUSTED_PROXIES=trusted).service)
             assert self.call(application, path="/login", **forwarded)[1]["Set-Cookie"].startswith(name + "=")
@@ -10705,13 +8747,9 @@ class TestWsgi:
 
     def test_a_streamed_result_is_iterated(self, start):
         registry = csp.Registry()
-        registry.synchronous(lambda_named("stream", lambda task_id, input: lambda: iter(["a", b"b"])))
-        status, headers, body = self.call(
-            csp.Wsgi(start(registry).service),
-            "POST",
-            "/job",
-            body=json.dumps({"job_type": "stream", "api_key": "k"}).encode(),
-        )
+        registry.synchronous(named("stream", lambda task_id, input: lambda: iter(["a", b"b"])))
+        application = csp.Wsgi(start(registry).service)
+        status, headers, body = self.call(application, "POST", "/job", body=submission(job_type="stream"))
         assert (status, body) == (200, b"ab") and "Content-Length" not in headers
 
 
@@ -10743,96 +8781,17 @@ class TestOldNames:
             assert "CHUNK" in web.app.config and web.app.config["CHUNK"] == 1 and web.app.config.get("X", 2) == 2
             print("all right")
             """)
-        (tmp_path / "settings.py").write_text(
-            "PASSWORD = 'correct horse battery staple'\nCHUNK = 1\nSTDERR = False\n"
-            "SQLALCHEMY_DATABASE_URI = 'sqlite://'\n"
-        )
+        (tmp_path / "settings.py").write_text("PASSWORD = 'correct horse battery staple'\nCHUNK = 1\nSTDERR = False\n"
+                                              "SQLALCHEMY_DATABASE_URI = 'sqlite://'\n")
         shutil.copy(str(PROGRAM), str(tmp_path / "ckanserviceprovider.py"))
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=str(tmp_path),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            universal_newlines=True,
-            timeout=PATIENCE_SECONDS,
-        )
-        assert (result.returncode, result.stdout) == (0, "all right\n"), result.stderr
+        done = run_command(program=("-c", code), cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, "all right\n"), done.stderr
 
     def test_errors_are_mailed_to_the_admins(self):
-        csp.configure_logging(
-            csp.Settings(
-                {"ADMINS": "a@b.example, c@d.example", "FROM_EMAIL": "csp@b.example", "STDERR": False, "NAME": "pusher"}
-            )
-        )
+        csp.configure_logging(csp.Settings({"ADMINS": "a@b.example, c@d.example", "FROM_EMAIL": "csp@b.example",
+                                            "STDERR": False, "NAME": "pusher"}))
         (mail,) = logging.getLogger("csp").handlers
         assert isinstance(mail, logging.handlers.SMTPHandler) and mail.level == logging.ERROR
-        assert (mail.mailhost, mail.fromaddr, mail.toaddrs) == (
-            "127.0.0.1",
-            "csp@b.example",
-            ["a@b.example", "c@d.example"],
-        )
+        assert (mail.mailhost, mail.fromaddr) == ("127.0.0.1", "csp@b.example")
+        assert mail.toaddrs == ["a@b.example", "c@d.example"]
         csp.configure_logging(csp.Settings({"STDERR": False}))
-
-    @linux_only
-    @pytest.mark.parametrize("kind", ["synchronous", "asynchronous"])
-    def test_long_lines_are_not_collected_in_memory(self, launch, kind):
-        server = launch(
-            f"""
-            import logging
-            import csp.job as job, csp.util as util
-
-            @job.{kind}
-            def talk(task_id, input):
-                logger = logging.getLogger(task_id)
-                logger.addHandler(util.StoringHandler(task_id, input))
-                with open("/proc/self/status") as file:
-                    before = file.read()
-                for number in range(1200):
-                    logger.warning("%d" + "x" * 60_000, number)
-                with open("/proc/self/status") as file:
-                    return [before, file.read()]
-            """
-        )
-        headers = {"Content-Type": "application/json", **({"Prefer": "wait=60"} if kind == "asynchronous" else {})}
-        job = server.client.request("POST", "/job", json.dumps({"job_type": "talk", "api_key": "k"}), headers).json
-        before, after = [int(re.search(r"VmHWM:\s+(\d+)", text)[1]) for text in job["data"]]
-        assert after - before < 40_000 and [line["message"][:4] for line in job["logs"][1000:1002]] == ["1000", "1001"]
-
-    @linux_only
-    def test_a_large_job_leaves_no_memory_behind_and_is_held_five_times_at_most(self, launch):
-        server = launch(ECHO_MODULE, environ={"CSP_MAX_BODY_BYTES": "100000000"})
-        client = server.client
-        client.submit("echo", "x")
-        memory, size = memory_kilobytes(server.process.pid), 40_000
-        job = client.submit("echo", "x" * size * 1024)
-        assert client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == b"x" * size * 1024
-        assert client.show(job)["sent_data"] == "x" * size * 1024
-        peak = int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())[1])
-        assert peak - memory < 5 * size
-        assert eventually(lambda: memory_kilobytes(server.process.pid) < memory + size // 2)
-
-    @linux_only
-    def test_a_converters_jobs_leave_no_memory_behind(self, launch):
-        source = DEPLOYMENT["pkg/jobs.py"].replace("@job.asynchronous", "@job.synchronous")
-        server = launch(textwrap.dedent(source))
-
-        def push(part):
-            connection = http.client.HTTPConnection(server.client.host, server.client.port, timeout=PATIENCE_SECONDS)
-            for _ in range(part):
-                body = json.dumps({"job_type": "push", "api_key": "k", "metadata": {"ckan_url": "x"}})
-                connection.request("POST", "/job", body, {"Content-Type": "application/json"})
-                response = connection.getresponse()
-                assert response.status == 200 and len(json.loads(response.read())["logs"]) == 2
-            connection.close()
-
-        def push_all(count):
-            threads = [threading.Thread(target=push, args=(count // 4,)) for _ in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-
-        push_all(400)
-        memory = memory_kilobytes(server.process.pid)
-        push_all(2000)
-        assert memory_kilobytes(server.process.pid) < memory + 10_000
