@@ -1979,7 +1979,11 @@ class Store:
             if run.has_output:  # announced meanwhile, and left to this write
                 with suppress(Unavailable):
                     self.save_output(run)
-        return Write(operation, lambda: self._held.update({job.seq: held._replace(due=time.monotonic() + 1.0)}))
+
+        def refused() -> None:
+            if job.seq in self._held:
+                self._held[job.seq] = held._replace(due=time.monotonic() + 1.0)
+        return Write(operation, refused)
 
     def save_output(self, run: Run, refused: Optional[Callable[[], None]] = None) -> None:
         """Store the run's log and progress, without waiting; ``refused`` is called if the disk cannot take them."""
@@ -2240,7 +2244,7 @@ def _insert_output(transaction: Transaction, run: Run) -> None:
         transaction.execute(_INSERT_LINES[rows], (
             run.job_id, run.seq, *itertools.chain.from_iterable(lines), *padding, len(lines)))
     if output.progress is not None:
-        transaction.execute("UPDATE jobs SET progress = ? WHERE seq = ? AND attempts = ?",
+        transaction.execute(f"UPDATE jobs SET progress = ? WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}",
                             (output.progress, run.seq, run.attempt))
 
 
@@ -3745,12 +3749,10 @@ class Runner:
                 self._condition.notify_all()
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the job has to end
-            if run is not None:
-                run.drop(run.peek())
             reason = failure(safe_text(error) or type(error).__name__)
             if decision == Finish(reason):
                 raise
-            return self._record(job, Finish(reason), run)
+            return self._record(job, Finish(reason), None)
 
     def _record_again(self) -> None:
         with self._condition:
