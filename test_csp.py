@@ -632,7 +632,7 @@ STANDARD_LIBRARY = getattr(
     __future__ argparse ast base64 binascii bisect collections concurrent contextlib contextvars copy csv datetime
     difflib email errno
     fcntl functools getpass hashlib heapq hmac html http importlib inspect io ipaddress itertools json logging math
-    mimetypes operator os pathlib platform queue random re secrets select selectors shlex shutil signal socket
+    mimetypes operator os pathlib platform queue random re secrets select selectors shlex shutil signal smtplib socket
     socketserver sqlite3 ssl stat string struct subprocess sys tempfile textwrap threading time traceback types typing
     urllib uuid warnings weakref wsgiref zlib""".split()
     ),
