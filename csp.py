@@ -15,7 +15,7 @@ run ``python csp.py --jobs my_jobs`` and submit::
          -d '{"job_type": "shout", "api_key": "any", "data": "hi"}' http://127.0.0.1:8000/job
 
 When a submission is answered, its job is on disk: it will run, its result is kept, and its callback is delivered or
-retried for a day, even if this process dies in between.
+retried for up to 19 hours, even if this process dies in between.
 
 Read the file from top to bottom. Each part uses only the parts above it:
 
@@ -667,6 +667,7 @@ TRANSITIONS: Dict[str, FrozenSet[str]] = {
     COMPLETE: frozenset(),
     ERROR: frozenset(),
 }
+MAX_TIMEOUT_SECONDS = 10**9  # 30 years; the system cannot wait much longer (threading.TIMEOUT_MAX)
 MAX_ATTEMPTS = 3  # a job that kills the whole process must not do so forever
 LARGE_CHARACTERS = 2**20  # longer texts have a row of their own and are sent in pieces of this size
 BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before an attempt is repeated; doubled each time,
@@ -675,8 +676,9 @@ LONGEST_BACKOFF_SECONDS = BACKOFF_SECONDS[1] * BACKOFF_JITTER
 AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of a job to run again: before everything else that waits
 CANCELLED = "cancelled"
 
-# How an attempt can end: the function returned or raised; it took too long; it was told to stop; it was never begun;
-# its own worker process died; the executor lost it; the executor or the whole service died; the service was stopped.
+# How an attempt can end: the function returned or raised; it took too long; it was never begun; its own worker process
+# died; the executor lost it; the executor or the whole service died; the service was stopped. Or it was told to stop:
+# then the kind is CANCELLED, which is the job's error message, too.
 ENDED, TIMED_OUT, NOT_STARTED, DIED, LOST, CRASHED, STOPPED = (
     "ended", "timed out", "not started", "died", "lost", "crashed", "stopped")
 
@@ -929,8 +931,9 @@ class Registry:
         for option, number in (("timeout", timeout), ("retries", retries), ("memory_limit", memory_limit)):
             if number is not None and not isinstance(number, (int, float)):
                 raise TypeError(f"{name}: {option} has to be a number")
-        if timeout is not None and not timeout > 0 or retries < 0:
-            raise ValueError(f"{name}: timeout has to be above 0 and retries not below 0")
+        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_SECONDS or retries < 0:
+            raise ValueError(f"{name}: timeout has to be above 0 and at most {MAX_TIMEOUT_SECONDS:,}, and retries not "
+                             "below 0")
         if memory_limit is not None and not 0 < memory_limit < 2**63:
             raise ValueError(f"{name}: memory_limit has to be a number of bytes")
         if synchronous and (retries or at_most_once or memory_limit):
@@ -940,7 +943,8 @@ class Registry:
         if known is not None and self.is_in_use and _place(known.function) != _place(function):
             raise ValueError(f"two job types are called {name}: {_place(known.function)} and {_place(function)}; "
                              "rename one")
-        self._types[name] = JobType(name, function, synchronous, timeout, retries, at_most_once, memory_limit)
+        limit = None if memory_limit is None else int(memory_limit)
+        self._types[name] = JobType(name, function, synchronous, timeout, retries, at_most_once, limit)
 
 
 def _check_function(function: Callable[..., Any]) -> None:
@@ -994,8 +998,9 @@ class Output(NamedTuple):
 class Run:
     """One attempt at one job: its log, its progress, and whether it was told to stop.
 
-    Any thread may call the methods; one lock guards the fields. ``announce(run, is_log)`` is called, without the lock,
-    when there is output, and not again before somebody has peeked at it.
+    Any thread may call the methods. One lock guards output, beginning and end; the other fields are only ever set as a
+    whole. ``announce(run, is_log)`` is called, without the lock, when there is output, and not again before somebody
+    has peeked at it.
     """
 
     def __init__(self, job_id: str, seq: int, attempt: int, announce: Callable[[Run, bool], None],
@@ -1487,8 +1492,10 @@ def _as_host(url: Optional[str]) -> Optional[str]:
 # Readers never wait for the writer. Nothing outside the database changes before the commit: an operation says in its
 # Transaction what to do afterwards. If a batch fails because of one write, it is rolled back and run write by write.
 #
-# Lock order: Run._condition and Store._lock are held for dictionary work only and call nothing; so is the Runner's
-# condition. The writer holds no lock while it publishes a commit.
+# Lock order: Run._condition, Store._lock and the conditions of Runner and CallbackSender are innermost: whoever holds
+# one of them takes no other lock and waits for no write. Taken before them: RemoteRun._intake and Reporter._lock (then
+# Run._condition), Engine._lock (while a factory works). The writer's open transaction asks the Runner whether it is
+# calm, which takes its condition; the writer holds no lock while it publishes a commit.
 # ---------------------------------------------------------------------------------------------------------------------
 
 BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last of them waits
@@ -1695,7 +1702,7 @@ class Store:
         return entry
 
     def _commit(self, batch: List[Write]) -> None:
-        """Run the operations in one transaction and tell each caller; never raises."""
+        """Run the operations in one transaction and tell each caller."""
         try:
             transaction = self._run_transaction(batch)
         except _Spoiled as spoiled:
@@ -1756,7 +1763,10 @@ class Store:
         for key, change in transaction.counts.items():
             self._counts[key] = self._counts.get(key, 0) + change
         for effect in transaction.on_commit:
-            effect()
+            try:
+                effect()
+            except Exception:  # noqa: BLE001 - the writer's loop: without it nothing could be stored any more
+                log.exception("what follows a commit failed")
         if self._watchers and transaction.touched:
             with self._lock:
                 for job_id in (*transaction.touched, ANY_JOB):
@@ -2001,9 +2011,9 @@ class Store:
     def claim_jobs(self, limit: int, now: float, is_calm: Callable[[], bool], begin: Callable[[Job], Any]) -> Claim:
         """Mark up to ``limit`` queued jobs as running, the longest due first, and return them.
 
-        The writer calls ``begin`` with each after the commit, before anybody else can see that it runs. A suspect is
-        claimed alone, and only if the runner ``is_calm``. A clock that was set back makes nobody wait: a job that has
-        never run is due, and so is one that would have to wait longer than any retry.
+        The writer calls ``begin`` with each after the commit, before any later write, such as a cancellation. A suspect
+        is claimed alone, and only if the runner ``is_calm``. A clock that was set back makes nobody wait: a job that
+        has never run is due, and so is one that would have to wait longer than any retry.
         """
         check_transition(QUEUED, RUNNING)
 
@@ -3036,7 +3046,8 @@ def run_task(text: str, environment: Mapping[str, Any]) -> str:
 
     outcome = reporter.begin(run, task["asks_first"], task["reports_first"])
     if outcome is None:
-        _runs[run.job_id] = run
+        if not isinstance(_runs.get(run.job_id), RemoteRun):  # else this is the service's own process, which has it
+            _runs[run.job_id] = run
         outcome = run_function(call, run, lambda: task["input"], task["streams"])
     run.end()
     binary = base64.b64encode(outcome.data).decode("ascii") if isinstance(outcome.data, bytes) else None
@@ -3456,8 +3467,8 @@ def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Eng
 # ---------------------------------------------------------------------------------------------------------------------
 
 ABANDONED_THREADS = 1000  # a function past its timeout cannot be stopped in a thread: so many may linger
-SWITCH_SECONDS = (0.005, 0.0005)  # sys.setswitchinterval: usually, and while jobs run longer than
-LONG_JOB_SECONDS = 0.25  # this
+SWITCH_SECONDS = (0.005, 0.0005)  # sys.setswitchinterval: usually, and while a job runs longer than LONG_JOB_SECONDS
+LONG_JOB_SECONDS = 0.25
 PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
 RETRY_DISK_SECONDS = 1.0  # how long to wait for a disk that could not take a write
 ALONE_SECONDS = 60.0  # how long a suspect runs alone: if it kills the process again, it must not take others along
@@ -3494,7 +3505,8 @@ def decide(job: Job, job_type: Optional[JobType], ending: Ending, now: float) ->
     attempts, limit = job.crashes + job.failures + 1, max(MAX_ATTEMPTS, retries + 1)
     if attempts >= limit:
         return Finish(failure(f"{reason} That was attempt {attempts} of {limit}, so it is not run again."))
-    run_at = AFTER_CRASH if kind == CRASHED else now + BACKOFF_SECONDS[0] * 2.0 ** job.crashes
+    pause = min(BACKOFF_SECONDS[0] * 2.0 ** min(job.crashes, 20), BACKOFF_SECONDS[1])
+    run_at = AFTER_CRASH if kind == CRASHED else now + pause
     return Requeue(run_at, job.crashes + 1, job.failures, reason)
 
 

@@ -1525,10 +1525,21 @@ class TestJobs:
         assert all(str(function.__code__.co_firstlineno) in str(error.value) for function in (first, twin))
         assert registry.get("twin").function is first
 
+    def test_a_memory_limit_may_be_written_as_a_float(self):
+        registry = csp.Registry()
+        registry.asynchronous(memory_limit=1e9)(named("work", lambda task_id, input: None))
+        assert repr(registry.get("work").memory_limit) == "1000000000"
+
+    def test_what_the_executor_loses_again_and_again_waits_five_minutes_at_most(self):
+        job = csp.Job._make([None] * len(csp.Job._fields))._replace(
+            attempts=12, crashes=12, failures=0, synchronous=0, cancelled=0)
+        job_type = csp.JobType("work", print, False, None, 20, False, None)
+        assert csp.decide(job, job_type, csp.Ending(csp.LOST, reason="lost"), 1000.0).run_at == 1300.0
+
     @pytest.mark.parametrize("kind, options", [
         *[("asynchronous", {name: value}) for name, values in {
-            "timeout": (0, -1, "60", float("nan")), "retries": (-1, "3"), "memory_limit": (0, -1, "1G"),
-            "no_such_option": (1,)}.items() for value in values],
+            "timeout": (0, -1, "60", float("nan"), float("inf"), 1e300), "retries": (-1, "3"),
+            "memory_limit": (0, -1, "1G"), "no_such_option": (1,)}.items() for value in values],
         ("synchronous", {"retries": 1}), ("synchronous", {"at_most_once": True}),
         ("synchronous", {"memory_limit": 2**30}),
     ], ids=str)
@@ -4676,19 +4687,8 @@ FACTORIES = """
     def pool(settings):
         return concurrent.futures.ProcessPoolExecutor(settings["WORKERS"])
 
-    def watched(settings):
-        "A pool, and a file that says what the service imports from now on, and in which thread."
-        import sys, threading
-        service = os.getpid()
-
-        def note(event, arguments):
-            if event == "import" and os.getpid() == service:
-                with open("imports", "a") as file:
-                    file.write(f"{arguments[0]} {threading.current_thread().name}\\n")
-
-        executor = pool(settings)
-        sys.addaudithook(note)
-        return executor
+    def threads(settings):
+        return concurrent.futures.ThreadPoolExecutor(settings["WORKERS"])
 
     def loky(settings):
         import loky
@@ -4936,6 +4936,22 @@ class TestOutcomes:
         assert client.finish(client.submit("large"))["data"] == "x" * 10_000_000
         job = client.finish(client.submit("flaky", str(file)))
         assert (job["status"], job["data"], job["attempts"]) == ("complete", "second", 2)
+
+
+class TestThreadsOfAFactory:
+    """An executor of MODULE:FACTORY whose workers are threads of the service itself."""
+
+    def test_a_job_goes_on_and_is_heard(self, engage, file):
+        client = engage("threads").client
+        job = client.submit("progress", str(file))
+        eventually(lambda: client.show(job)["progress"] == {"fraction": 0.25, "message": "a quarter"})
+        second = client.submit("wait", str(file))
+        first_line(client, second)
+        route = {"method": "POST", "route": "/job/<job_id>/report", "status": "200"}
+        eventually(lambda: (value_of(metrics_of(client), "csp_responses_total", **route) or 0) >= 5)
+        assert client.show(second)["status"] == "pending"
+        file.touch()
+        assert [client.finish(one)["status"] for one in (job, second)] == ["complete", "complete"]
 
 
 class TestProcesses:
