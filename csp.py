@@ -4622,6 +4622,7 @@ html:not(.script) .needs-script, .log:empty, .log:not(:empty) + p { display: non
 header, main, footer { max-width: 1200px; margin: 0 auto; padding: 12px 16px; }
 header, nav, footer, .row, .axis { display: flex; flex-wrap: wrap; gap: 8px 16px; align-items: center; }
 .row { align-items: end; }
+#head .row { align-items: center; margin-bottom: 12px; }
 nav, .axis :first-child { flex: 1; }
 h1 { font-size: 24px; line-height: 1.25; margin: 8px 0 12px; }
 h1.id { font-size: 20px; }
@@ -4630,9 +4631,10 @@ h3 { font-size: 16px; margin: 0; }
 section, .notice, .tiles a, table.jobs { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 section, .notice { padding: 16px; margin: 0 0 16px; min-width: 0; }
 section > :last-child { margin-bottom: 0; }
-.notice { padding-block: 10px; border-left: 5px solid var(--link); }
+.notice { padding-top: 10px; padding-bottom: 10px; border-left: 5px solid var(--link); }
 .notice[role=alert] { border-left-color: var(--error); }
-.faint, footer, dt, dd time, thead th { color: var(--faint); font-size: 14px; }
+.faint, footer, small, dd time, thead th { color: var(--faint); font-size: 14px; }
+dt { color: var(--faint); }
 .columns, .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 16px; }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 12px; margin: 0 0 16px; padding: 0; }
 .tiles, .log { list-style: none; }
@@ -4671,7 +4673,7 @@ img.result { max-width: 100%; background: #fff; }
 @media (max-width: 720px) {
   .jobs thead, .api thead { display: none; }
   .jobs tr, .api tr { display: block; padding: 8px 0; border-top: 1px solid var(--line); }
-  .jobs :is(td, th), .api td { display: flex; gap: 10px; border: 0; padding: 2px 12px; }
+  .jobs td, .jobs th, .api td { display: flex; gap: 10px; border: 0; padding: 2px 12px; }
   [data-label]::before { content: attr(data-label); flex: 0 0 84px; color: var(--faint); font: 14px system-ui; }
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin: 0 0 6px; }
@@ -5019,7 +5021,7 @@ def overview_page(viewer: Viewer, view: Overview) -> Html:
         _OVERVIEW, service=viewer.service, chart=_chart(view.hours, view.now), url=view.url,
         tiles=_each('<li><a class="$state" href="/job?_status=$state"><b>$jobs</b>$word</a></li>', "state jobs word", (
             (state, f"{jobs:,}", STATE_WORDS[state]) for state, jobs in view.states.items())),
-        failures=_when(viewer.is_admin and (_when(failures, "<ul>$value</ul>") or "None."),
+        failures=_when(viewer.is_admin and (_when(failures, "<ul>$value</ul>") or Html("<p>None.</p>")),
                        '<section id="failures" data-live><h2>Latest failures</h2>$value</section>'),
         types=Html("".join(_type_section(viewer, view, job_type) for job_type in view.types)) or
         Html("<p>No job types. Name a module with --jobs.</p>"),
@@ -5133,7 +5135,7 @@ def job_page(viewer: Viewer, view: JobView) -> Html:
         last=view.last_id, events=_when(is_pending and path, ' data-events="$value/events"'),
         lines=_each('<li class="$level">$time <b>$level</b> $message</li>', "level time message", (
             (line.level, line.timestamp[11:23], line.message) for line in view.lines)),
-        input="None." if job.sent_data in (None, "null") else
+        input=Html("<p>None.</p>") if job.sent_data in (None, "null") else
         _copyable("input", _indent(job.sent_data), path + "?_format=json")), state=job.state)
 
 
@@ -5152,7 +5154,7 @@ def _result(job: Job, path: str) -> Html:
     """Return the result shown according to its media type: image, table, text, JSON, or a link to it."""
     import csv
     if job.status != COMPLETE:
-        return Html("None." if job.status == ERROR else "Not yet.")
+        return Html("<p>None.</p>" if job.status == ERROR else "<p>Not yet.</p>")
     data = Response.data(job)
     kind = data.content_type.partition(";")[0].strip().lower()
     body = data.body if isinstance(data.body, bytes) else b"".join(data.body)
