@@ -2416,8 +2416,8 @@ def _make_opener(policy: CallbackPolicy, ssl_verify: bool,
 
     class Connection(http.client.HTTPConnection):
         def connect(self) -> None:
-            self.sock = policy.connect(self.host, self.port, CALLBACK_SECONDS)
             deadline = time.monotonic() + CALLBACK_SECONDS
+            self.sock = policy.connect(self.host, self.port, CALLBACK_SECONDS)
             sockets[threading.get_ident()] = deadline, self.sock
             if isinstance(self, TLSConnection):
                 self.sock = wrapped = tls_context().wrap_socket(self.sock, server_hostname=self.host,
@@ -3475,6 +3475,10 @@ ALONE_SECONDS = 60.0  # how long a suspect runs alone: if it kills the process a
 STOPPED_MESSAGE = "The service stopped while the job was running."
 
 
+def _backoff(count: int) -> float:
+    return min(BACKOFF_SECONDS[0] * 2.0 ** min(count, 20), BACKOFF_SECONDS[1])
+
+
 def decide(job: Job, job_type: Optional[JobType], ending: Ending, now: float) -> Union[Finish, Requeue]:
     """Return what the ending of an attempt means for its job: it has finished, or it runs again. Pure.
 
@@ -3486,7 +3490,7 @@ def decide(job: Job, job_type: Optional[JobType], ending: Ending, now: float) ->
         outcome = outcome or (failure(CANCELLED) if job.cancelled else failure(reason, may_retry=not at_most_once))
         if not outcome.may_retry or job.failures >= retries or job.cancelled:
             return Finish(outcome)
-        delay = min(BACKOFF_SECONDS[0] * 2.0 ** min(job.failures, 20), BACKOFF_SECONDS[1]) * jitter(BACKOFF_JITTER)
+        delay = _backoff(job.failures) * jitter(BACKOFF_JITTER)
         message = json.loads(outcome.error or "{}").get("message")
         return Requeue(now + delay, job.crashes, job.failures + 1,
                        f"Attempt {job.attempts} failed ({message}); the next is in {delay:.1f} seconds.")
@@ -3505,8 +3509,7 @@ def decide(job: Job, job_type: Optional[JobType], ending: Ending, now: float) ->
     attempts, limit = job.crashes + job.failures + 1, max(MAX_ATTEMPTS, retries + 1)
     if attempts >= limit:
         return Finish(failure(f"{reason} That was attempt {attempts} of {limit}, so it is not run again."))
-    pause = min(BACKOFF_SECONDS[0] * 2.0 ** min(job.crashes, 20), BACKOFF_SECONDS[1])
-    run_at = AFTER_CRASH if kind == CRASHED else now + pause
+    run_at = AFTER_CRASH if kind == CRASHED else now + _backoff(job.crashes)
     return Requeue(run_at, job.crashes + 1, job.failures, reason)
 
 
@@ -3865,17 +3868,16 @@ class Runner:
 
     def _call(self, job_type: JobType, run: Run, read_input: Callable[[], Dict[str, Any]],
               ) -> Union[Ending, Callable[[], Iterable[Any]]]:
-        """Call the function in this thread or, where it has a timeout, in one that can be left behind."""
         def call() -> Union[Outcome, Callable[[], Iterable[Any]]]:
             if not run.begin():
                 return failure(CANCELLED)
             return call_function(job_type.function, run, read_input, streams=True)
 
         try:
-            outcome = call() if job_type.timeout is None else self._pool.submit(call).result(job_type.timeout)
+            outcome = self._call_in_time(run, call)
         except FutureTimeoutError:
             run.tell_to_stop()
-            return Ending(TIMED_OUT, reason=_timeout_message(job_type.timeout))
+            return Ending(TIMED_OUT, reason=_timeout_message(run.timeout_seconds))
         except RuntimeError as error:  # no more threads
             if not run.begin():
                 raise
@@ -3883,23 +3885,48 @@ class Runner:
         return Ending(ENDED, outcome) if isinstance(outcome, Outcome) else outcome
 
     def _stream(self, attempt: Attempt, function: Callable[[], Iterable[Any]]) -> Iterator[bytes]:
-        """Yield what iterating ``function()`` yields, as bytes; end the job when that ends."""
-        outcome = failure("The client went away before the result was complete.")
-        token = _current_run.set(attempt.run)
+        """Yield what iterating ``function()`` yields, as bytes; end the job when that ends or takes too long."""
+        run = attempt.run
+        ending = Ending(ENDED, failure("The client went away before the result was complete."))
+        parts = itertools.chain.from_iterable(make() for make in (function,))  # calls it when the first is read
+
+        def read() -> Union[bytes, Outcome]:
+            token = _current_run.set(run)
+            try:
+                for part in parts:
+                    return encode_part(part)
+                return Outcome(COMPLETE)
+            except JobCancelled:
+                return failure(CANCELLED)
+            except BaseException as error:  # noqa: BLE001 - what the job raises is its own
+                return Outcome(ERROR, error=error_document(error))
+            finally:
+                _current_run.reset(token)
+
         try:
-            for part in function():
-                yield encode_part(part)
-            outcome = Outcome(COMPLETE)
-        except GeneratorExit:
-            raise
-        except BaseException as error:
-            is_cancelled = isinstance(error, JobCancelled)
-            outcome = failure(CANCELLED) if is_cancelled else Outcome(ERROR, error=error_document(error))
+            part = self._call_in_time(run, read)
+            while not isinstance(part, Outcome):
+                yield part
+                part = self._call_in_time(run, read)
+            ending = Ending(ENDED, part)
+            if part.status == ERROR:
+                raise StreamBroken
+        except FutureTimeoutError:
+            run.tell_to_stop()
+            ending = Ending(TIMED_OUT, reason=_timeout_message(run.timeout_seconds))
+            raise StreamBroken from None
+        except RuntimeError as error:  # no more threads
+            ending = Ending(ENDED, failure(f"It could not be continued: {error}."))
             raise StreamBroken from error
         finally:
-            with suppress(ValueError):  # closed by another thread, where it was never set
-                _current_run.reset(token)
-            self._end(attempt, Ending(ENDED, outcome), must_raise=True)
+            self._end(attempt, ending, must_raise=True)
+
+    def _call_in_time(self, run: Run, call: Callable[[], T]) -> T:
+        """Call in this thread or, where the job has a timeout, in one that can be left behind; raise FutureTimeoutError
+        at the timeout, RuntimeError if there is no thread. What ``call`` raises must be neither."""
+        if run.deadline is None:
+            return call()
+        return self._pool.submit(call).result(max(0.0, run.deadline - time.monotonic()))
 
 
 def _timeout_message(timeout_seconds: Optional[float]) -> str:
@@ -4564,7 +4591,7 @@ def _describe(route: Route) -> Dict[str, Any]:
         operation["requestBody"] = {"required": route.body == "Submission",
                                     "content": {kind: {"schema": _reference(route.body)}}}
     if route.access not in (ANYBODY, LISTERS):
-        operation["security"] = [{"key": []}, {"basic": []}, {"session": []}]
+        operation["security"] = [{"key": []}, *([] if route.access == RUN_TOKEN else [{"basic": []}, {"session": []}])]
     return operation
 
 

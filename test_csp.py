@@ -6867,6 +6867,13 @@ class TestService:
         status = client.request("DELETE", path, headers={**headers, **from_where}).status
         assert status == (200 if is_admin["change"] or who == "key" else 403)
 
+    @pytest.mark.parametrize("path, method, schemes", [
+        ("/job", "post", []), ("/job/{job_id}/cancel", "post", ["key", "basic", "session"]),
+        ("/job/{job_id}/report", "post", ["key"])])
+    def test_the_api_description_says_what_opens_a_route(self, client, path, method, schemes):
+        operation = client.get("/openapi.json").json["paths"][path][method]
+        assert [name for scheme in operation.get("security", []) for name in scheme] == schemes
+
     def test_an_unknown_job_is_404(self, client):
         for method, path in (
             ("GET", "/job/x"), ("GET", "/job/x/data"), ("DELETE", "/job/x"), ("POST", "/job/x/cancel"),
@@ -7037,6 +7044,35 @@ class TestService:
         connection.close()
         eventually(lambda: running.client.get("/job/s", key=SECURE_KEY).json["status"] == "error")
         assert running.client.get("/job/s", key=SECURE_KEY).json["error"] == {"message": "cancelled"}
+
+    @pytest.mark.parametrize("is_begun", [False, True])
+    def test_a_stream_that_takes_longer_than_its_timeout_is_an_error_that_says_so(self, start, is_begun):
+        registry, gate = csp.Registry(), threading.Event()
+
+        @registry.synchronous(timeout=0.3)
+        def stream(task_id, input):
+            def parts():
+                if is_begun:
+                    logging.getLogger(task_id).addHandler(csp.StoringHandler(task_id, input))
+                    logging.getLogger(task_id).warning("first")
+                    yield "first"
+                gate.wait(PATIENCE_SECONDS)
+                yield "last"
+
+            return parts
+
+        running = start(registry)
+        body = json.dumps({"job_type": "stream", "api_key": "k"}).encode()
+        answer = raw_exchange(
+            running.server.url,
+            b"POST /job/s HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body),
+        )
+        assert (b"first" in answer) == is_begun and b"last" not in answer
+        job = running.client.get("/job/s", key=SECURE_KEY).json
+        assert job["error"] == {"message": "The job took longer than its timeout of 0.3 seconds."}
+        assert messages(job) == ["first"] * is_begun
+        gate.set()
 
     @pytest.mark.parametrize(
         "parts, is_begun",
