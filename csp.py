@@ -3947,6 +3947,7 @@ JOB_KEY, ADMIN, RUN_TOKEN = "job key, admin, secure key", "admin, secure key", "
 MAX_OFFSET = 10**9  # SQLite counts to 2^63, and skipping so much is not worth waiting for
 MAX_METADATA_FILTERS = 10
 MAX_LISTED = 10_000  # job ids in one answer; the Link header leads to more
+MAX_PARAMETERS = 50  # of a query
 MAX_FORM_BYTES = 2**18  # parsing takes many times as much memory
 MAX_FORM_FIELDS = 200  # a page of jobs has a box for each
 SECURITY_HEADERS = (
@@ -3957,32 +3958,26 @@ SECURITY_HEADERS = (
 )
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
-_MEDIA_TYPE = (r"[!#$&^_.+\-0-9A-Za-z]{1,127}/[!#$&^_.+\-0-9A-Za-z]{1,127}"
-               r"(?: *; *[!#$&^_.+\-0-9A-Za-z]+="
-               r"(?:[!#$&^_.+\-0-9A-Za-z]+|\"[\x20\x21\x23-\x5b\x5d-\x7e]*\"))*")
-_INERT_TYPE = (r"(?i)(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gif|webp)|audio/[^;]+|video/[^;]+)"
-               r"(?:;.*|\Z)")
-_LOCAL_PATH = r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*"
+_WORD = r"[!#$&^_.+\-0-9A-Za-z]{1,127}"
+_MEDIA_TYPE = rf'{_WORD}/{_WORD}(?: *; *{_WORD}=(?:{_WORD}|"[\x20\x21\x23-\x5b\x5d-\x7e]*"))*'
+_INERT_TYPE = r"(?i)(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gif|webp)|(?:audio|video)/[^;]+)(?:;|\Z)"
 
 
 class Request:
     """A request: ``path`` as sent (percent-encoded), ``headers`` by lower-case name, ``remote`` the client's address,
     ``scheme`` as the client used it (behind a trusted proxy: what the proxy says)."""
 
-    __slots__ = ("method", "path", "query_string", "headers", "body", "remote", "scheme")
+    __slots__ = ("method", "target", "path", "query_string", "headers", "body", "remote", "scheme")
 
     def __init__(self, method: str, target: str, headers: Optional[Mapping[str, str]] = None, body: bytes = b"",
                  remote: str = "", scheme: str = "http") -> None:
         self.method = method
+        self.target = target
         self.path, _, self.query_string = target.partition("?")
         self.headers = headers or {}
         self.body = body
         self.remote = remote
         self.scheme = scheme
-
-    @property
-    def target(self) -> str:
-        return f"{self.path}?{self.query_string}" if self.query_string else self.path
 
     @property
     def is_safe(self) -> bool:
@@ -3991,46 +3986,34 @@ class Request:
 
     @property
     def query(self) -> List[Tuple[str, str]]:
-        try:
-            return urllib.parse.parse_qsl(self.query_string, keep_blank_values=True, max_num_fields=50)
-        except ValueError:
-            raise Conflict("The query has too many parameters.") from None
+        if self.query_string.count("&") >= MAX_PARAMETERS:
+            raise Conflict("The query has too many parameters.")
+        return urllib.parse.parse_qsl(self.query_string, keep_blank_values=True)
 
     def number(self, name: str, default: Optional[int], maximum: int = 2**63 - 1) -> Optional[int]:
         """Return the query's parameter as a whole number from 0 to ``maximum``; raise Conflict if it is none."""
-        value = next((value for key, value in self.query if key == name), None)
-        return default if value is None else whole_number(name, value, maximum)
+        text = dict(self.query).get(name)
+        return default if text is None else whole_number(name, text, maximum)
 
     @property
     def is_json(self) -> bool:
         """Whether the content type says that the body is JSON (RFC 8259, RFC 6839)."""
-        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+        return bool(re.match(r"(?i)application/(?:[^;\s]+\+)?json\s*(?:;|\Z)", self.headers.get("content-type", "")))
 
     @property
     def wants_html(self) -> bool:
-        """Whether the client prefers pages to JSON, as browsers do (RFC 9110, section 12.5.1)."""
-        accept = self.headers.get("accept", "")
-        if "text/html" not in accept or "_format=json" in self.query_string.split("&"):
-            return False
-        weights = {"application/json": 0.0}
-        for part in accept.split(","):
-            kind, _, parameters = part.partition(";")
-            weight = re.search(r"(?:^|;)\s*q=([01](?:\.[0-9]{0,3})?)\s*$", parameters)
-            weights[kind.strip().lower()] = float(weight[1]) if weight else 1.0
-        return weights.get("text/html", 0.0) > 0.0 and weights["text/html"] >= weights["application/json"]
+        """Whether ``Accept`` names pages, as browsers do, and not JSON before them."""
+        named = re.search("text/html|application/json", self.headers.get("accept", ""))
+        return named is not None and named[0] == "text/html" and "_format=json" not in self.query_string.split("&")
 
     @property
     def fields(self) -> List[Tuple[str, str]]:
         if not self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded"):
             return []
-        if len(self.body) > MAX_FORM_BYTES:
-            raise CspError(413, f"A form may have {MAX_FORM_BYTES:,} bytes; send JSON to /job for more.")
-        try:
-            return urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), keep_blank_values=True,
-                                          max_num_fields=MAX_FORM_FIELDS)
-        except ValueError:
-            raise CspError(413, f"A form may have {MAX_FORM_FIELDS} fields.") from None
+        if len(self.body) > MAX_FORM_BYTES or self.body.count(b"&") >= MAX_FORM_FIELDS:
+            raise CspError(413, f"A form may have {MAX_FORM_BYTES:,} bytes and {MAX_FORM_FIELDS} fields; "
+                           "send JSON to /job for more.")
+        return urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), keep_blank_values=True)
 
     @property
     def form(self) -> Dict[str, str]:
@@ -4039,19 +4022,13 @@ class Request:
     @property
     def preferences(self) -> Dict[str, str]:
         """The preferences of Prefer headers, by lower-case name, the first of each (RFC 7240, section 2)."""
-        found: Dict[str, str] = {}
-        for preference in re.findall(r'(?:[^,"]|"(?:[^"\\]|\\.)*"?)+', self.headers.get("prefer", "")):
-            name, _, value = preference.partition(";")[0].partition("=")
-            found.setdefault(name.strip().lower(), value.strip().strip('"'))
-        return found
+        pairs = re.findall(r'(?:^|,)\s*([^\s=,;]+)\s*(?:=\s*("[^"]*"|[^",;]*))?', self.headers.get("prefer", ""))
+        return {name.lower(): value.strip(' "') for name, value in reversed(pairs)}
 
-    def cookie(self, name: str) -> Optional[str]:
-        """Return the cookie's value (RFC 6265, section 5.4), None if it was not sent."""
-        for pair in self.headers.get("cookie", "").split(";"):
-            key, _, value = pair.strip().partition("=")
-            if key == name:
-                return value
-        return None
+    def cookie(self, name: str) -> str:
+        """Return the cookie's value (RFC 6265, section 5.4), empty if it was not sent."""
+        found = re.search(rf"(?:^|;)\s*{name}=([^;]*)", self.headers.get("cookie", ""))
+        return found[1].strip() if found else ""
 
 
 def whole_number(name: str, text: str, maximum: int) -> int:
@@ -4086,26 +4063,25 @@ class Response:
         return cls.json({}, 302, [("Location", path), *headers])
 
     @classmethod
-    def data(cls, job: Job) -> Response:
-        """Return a finished job's raw result, harmless to a browser whatever type the job says it has."""
-        wanted = json.loads(job.metadata or "{}").get("mimetype")
-        body, kind = raw_result(job.data)
+    def data(cls, data: Union[str, bytes, None], metadata: Optional[str]) -> Response:
+        """Return a job's raw result: bytes, or JSON text of which a string is sent as its text.
+
+        It is harmless to a browser whatever type the metadata say it has.
+        """
+        body: Union[bytes, Pieces]
+        if isinstance(data, bytes):
+            body, kind = data, "application/octet-stream"
+        else:
+            text, kind = data or "null", "application/json"
+            if text.startswith('"'):
+                text, kind = json.loads(text), "text/plain; charset=utf-8"
+            body = text.encode("utf-8") if len(text) < LARGE_CHARACTERS else Pieces([text])
+        wanted = json.loads(metadata or "{}").get("mimetype")
         if isinstance(wanted, str) and re.fullmatch(_MEDIA_TYPE, wanted):
             kind = wanted
-        headers = [("Content-Security-Policy", SANDBOX)]
-        if not re.match(_INERT_TYPE, kind):
-            headers.append(("Content-Disposition", "attachment"))
-        return cls(200, body, kind, headers)
-
-
-def raw_result(data: Union[str, bytes, None]) -> Tuple[Union[bytes, Pieces], str]:
-    """Return a result's bytes, a string as its text, and its media type (which the metadata may override)."""
-    if isinstance(data, bytes):
-        return data, "application/octet-stream"
-    is_text = data is not None and data.startswith('"')
-    text = json.loads(data or "") if is_text else data or "null"
-    body = text.encode("utf-8") if len(text) < LARGE_CHARACTERS else Pieces([text])
-    return body, "text/plain; charset=utf-8" if is_text else "application/json"
+        is_inert = re.match(_INERT_TYPE, kind)
+        return cls(200, body, kind, [("Content-Security-Policy", SANDBOX),
+                                     *([] if is_inert else [("Content-Disposition", "attachment")])])
 
 
 def render_event(name: str, value: Any, event_id: Optional[int] = None) -> bytes:
@@ -4197,8 +4173,8 @@ class ProxyTrust:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # OWASP's minimum that fits OpenSSL's default of 32 MB
-COOKIE = "csp_session"
-SECURE_COOKIE = "__Host-csp_session"  # a browser takes this name only with Secure, from this very host
+SESSION_COOKIES = {  # by scheme; a browser takes a name with __Host- only with Secure, from this very host
+    "http": "csp_session", "https": "__Host-csp_session"}
 KEY_COOKIE = "csp_job_key"  # the key of one job, after somebody entered it in the console
 FREE_FAILURES = 10  # a person tries several passwords before remembering the right one
 MANY_FAILURES = 100  # so many from all addresses within THROTTLE_SECONDS are an attack
@@ -4220,45 +4196,34 @@ def hash_password(password: str) -> str:
     return "$".join(["scrypt", *(str(SCRYPT[name]) for name in "nrp"), *fields])
 
 
-def _matches_hash(password: bytes, hashed: str) -> bool:
-    """Return whether ``password`` has that hash; raise ValueError if it is not one that hash_password makes."""
-    import hashlib
-    _, n, r, p, salt, key = hashed.split("$")
-    wanted = base64.b64decode(key, validate=True)
-    salt_bytes = base64.b64decode(salt, validate=True)
-    with _scrypt_turns:
-        given = hashlib.scrypt(password, salt=salt_bytes, n=int(n), r=int(r), p=int(p), dklen=len(wanted))
-    return compare_digest(given, wanted)
-
-
 class Secret:
     """The value of a setting, plain or as a hash; raises StartError if it looks like a hash but is not one."""
 
     def __init__(self, setting: str, wanted: str) -> None:
         self._wanted = wanted
-        self._is_hash = wanted.startswith("scrypt$")
         self._memory_key = os.urandom(32)
         self._approved: Set[bytes] = set()  # digests of what the slow hash has approved
-        if self._is_hash:
-            try:
-                _matches_hash(b"", wanted)
-            except ValueError:
-                raise StartError(f"The setting {setting} looks like a hash but is none; "
-                                 "make one with --hash-password.") from None
+        try:
+            self.matches("")
+        except ValueError:
+            raise StartError(f"The setting {setting} looks like a hash but is none; "
+                             "make one with --hash-password.") from None
 
     def matches(self, given: str) -> bool:
         """Return whether ``given`` is the secret; how long that takes does not tell how similar it is."""
-        if not self._is_hash:
+        if not self._wanted.startswith("scrypt$"):
             return is_same(given, self._wanted)
+        import hashlib
         text = given.encode("utf-8", "replace")
         digest = sign(self._memory_key, text)
-        if digest not in self._approved and _matches_hash(text, self._wanted):
-            self._approved.add(digest)
+        if digest not in self._approved:
+            _, n, r, p, salt, key = self._wanted.split("$")
+            salt_bytes, key_bytes = (base64.b64decode(part, validate=True) for part in (salt, key))
+            with _scrypt_turns:
+                made = hashlib.scrypt(text, salt=salt_bytes, n=int(n), r=int(r), p=int(p), dklen=len(key_bytes))
+            if compare_digest(made, key_bytes):
+                self._approved.add(digest)
         return digest in self._approved
-
-    @property
-    def is_weak(self) -> bool:
-        return not self._is_hash and (len(self._wanted) < 10 or self._wanted.lower() in WEAK_SECRETS)
 
 
 class LoginThrottle:
@@ -4276,31 +4241,27 @@ class LoginThrottle:
         self._failures: Dict[str, Tuple[int, float]] = {}  # by address: how many, when the last
         self._all: Deque[float] = deque(maxlen=MANY_FAILURES)
 
-    def turn_of(self, address: str) -> threading.Lock:
-        """Return the lock to hold from check to note, so that parallel guesses are counted one by one."""
-        return self._turns[hash(_address_group(address)) % LOGIN_TURNS]
-
-    def check(self, address: str) -> None:
-        now = self._clock()
-        with self._lock:
-            count, last = self._failures.get(_address_group(address), (0, 0.0))
-            is_attack = len(self._all) == MANY_FAILURES and now - self._all[0] < THROTTLE_SECONDS
-        over = count - (1 if is_attack else FREE_FAILURES)
-        wait = last + min(2.0 ** min(over, 20), THROTTLE_SECONDS) - now if over >= 0 else 0.0
-        if wait > 0:
-            raise TooManyRequests("Too many failed logins; try again later.", int(wait) + 1)
-
-    def note(self, address: str, is_success: bool) -> None:
-        """Count a failed login; a success clears the failures of its address."""
-        now, group = self._clock(), _address_group(address)
-        with self._lock:
-            count, last = self._failures.pop(group, (0, 0.0))
-            if is_success:
-                return
-            if len(self._failures) >= MAX_THROTTLED:
-                del self._failures[next(iter(self._failures))]
-            self._failures[group] = (count + 1 if now - last < THROTTLE_SECONDS else 1, now)
-            self._all.append(now)
+    def attempt(self, address: str, check: Callable[[], bool]) -> bool:
+        """Return ``check()``, and count it if it fails; raise TooManyRequests if the address has to wait."""
+        group = _address_group(address)
+        with self._turns[hash(group) % LOGIN_TURNS]:  # one by one, so that parallel guesses are counted, too
+            now = self._clock()
+            with self._lock:
+                count, last = self._failures.get(group, (0, 0.0))
+                is_attack = len(self._all) == MANY_FAILURES and now - self._all[0] < THROTTLE_SECONDS
+            over = count - (1 if is_attack else FREE_FAILURES)
+            wait = last + min(2.0 ** min(over, 20), THROTTLE_SECONDS) - now if over >= 0 else 0.0
+            if wait > 0:
+                raise TooManyRequests("Too many failed logins; try again later.", int(wait) + 1)
+            is_success = check()
+            with self._lock:
+                self._failures.pop(group, None)
+                if not is_success:
+                    if len(self._failures) >= MAX_THROTTLED:
+                        del self._failures[next(iter(self._failures))]
+                    self._failures[group] = (count + 1 if now - last < THROTTLE_SECONDS else 1, now)
+                    self._all.append(now)
+            return is_success
 
 
 def _address_group(address: str) -> str:
@@ -4327,30 +4288,21 @@ class Authenticator:
     """Decides who sent a request. Without the setting PASSWORD it makes one, ``generated_password``."""
 
     def __init__(self, store: Store, settings: Settings) -> None:
-        self._store = store
-        self._username: str = settings["USERNAME"]
+        self._store, self._settings = store, settings
         self.generated_password = None if settings["PASSWORD"] else make_token()[:16]
         password = self.generated_password or settings["PASSWORD"]
         self._password = Secret("PASSWORD", password)
-        self._session_key = f"{self._username}:{password}".encode("utf-8", "replace")  # a new password ends sessions
-        self._secret_key: Optional[str] = settings["SECRET_KEY"]
         self._api_keys = [Secret("API_KEYS", key) for key in settings["API_KEYS"]]
-        self._idle_seconds: float = settings["SESSION_IDLE_SECONDS"]
-        self._session_seconds: float = settings["SESSION_SECONDS"]
         self._throttle = LoginThrottle()
-        secret_key = Secret("SECRET_KEY", self._secret_key) if self._secret_key else None
-        for name, secret in (("PASSWORD", self._password), ("SECRET_KEY", secret_key)):
-            if secret is not None and secret.is_weak:
+        self._session_key = f"{settings['USERNAME']}:{password}".encode("utf-8", "replace")  # a new one ends sessions
+        for name in ("PASSWORD", "SECRET_KEY"):
+            if settings[name] and (len(settings[name]) < 10 or settings[name].lower() in WEAK_SECRETS):
                 log.warning("the setting %s is short or well known: somebody will guess it", name)
 
     def is_login(self, username: str, password: str, address: str) -> bool:
         """Return whether this is the administrator's login; raise TooManyRequests if ``address`` failed too often."""
-        with self._throttle.turn_of(address):
-            self._throttle.check(address)
-            is_password = self._password.matches(password)  # first: an unknown user takes as long as a wrong password
-            is_login = is_same(username, self._username) and is_password
-            self._throttle.note(address, is_login)
-            return is_login
+        return self._throttle.attempt(  # the password first: an unknown user takes as long as a wrong password
+            address, lambda: self._password.matches(password) and is_same(username, self._settings["USERNAME"]))
 
     def is_admin(self, request: Request) -> bool:
         """Return whether the request has the administrator's Basic credentials or a live session.
@@ -4359,7 +4311,7 @@ class Authenticator:
         that a page of this service sent it, and Basic counts unless the browser says that another site's page did.
         """
         credentials = basic_credentials(request)
-        is_safe = request.method in ("GET", "HEAD") or is_same_origin(request)
+        is_safe = request.is_safe or is_same_origin(request)
         if credentials is not None:
             return is_safe is not False and self.is_login(*credentials, request.remote)
         return bool(is_safe) and self._has_session(request)
@@ -4368,48 +4320,47 @@ class Authenticator:
         """Return whether the api_key may submit jobs: any may, unless API_KEYS lists those that may."""
         return not self._api_keys or any([key.matches(str(api_key)) for key in self._api_keys])
 
-    def has_secure_key(self, request: Request) -> bool:
-        given = request.headers.get("authorization")
-        return bool(given and self._secret_key and is_same(given, self._secret_key))
-
     def may_administer(self, request: Request) -> bool:
-        return self.has_secure_key(request) or self.is_admin(request)
+        """Return whether the request has the secure key or comes from the administrator."""
+        given, key = request.headers.get("authorization"), self._settings["SECRET_KEY"]
+        return bool(given and key and is_same(given, key)) or self.is_admin(request)
 
     def may_see(self, request: Request, job: Job) -> bool:
         """Return whether the request may see and administer the job: its key, or as above."""
         given = request.headers.get("authorization")
-        if given is None and (request.method in ("GET", "HEAD") or is_same_origin(request)):
+        if given is None and (request.is_safe or is_same_origin(request)):
             given = request.cookie(KEY_COOKIE)
         return bool(given and job.job_key and is_same(given, job.job_key)) or self.may_administer(request)
 
     # -- sessions
 
     def begin_session(self, request: Request) -> Tuple[str, str]:
+        """Return the field that sets the cookie of a new session."""
         token, now = make_token(), time.time()
-        self._store.add_session(self._token_hash(token), now, now - self._idle_seconds, now - self._session_seconds)
-        return _set_cookie(request, token)
+        self._store.add_session(self._token_hash(token), now, now - self._settings["SESSION_IDLE_SECONDS"],
+                                now - self._settings["SESSION_SECONDS"])
+        return set_cookie(request, SESSION_COOKIES[request.scheme], token)
 
     def end_session(self, request: Request) -> List[Tuple[str, str]]:
         """End the request's session, if any, and return the fields that remove its cookie."""
-        for name in (COOKIE, SECURE_COOKIE):
-            token = request.cookie(name)
-            if token:
-                self._store.delete_session(self._token_hash(token))
-        return [_set_cookie(request, "")]
+        for name in SESSION_COOKIES.values():
+            if request.cookie(name):
+                self._store.delete_session(self._token_hash(request.cookie(name)))
+        return [set_cookie(request, SESSION_COOKIES[request.scheme], "")]
 
     def _token_hash(self, token: str) -> str:
         return sign(self._session_key, token.encode("utf-8", "replace")).hex()
 
     def _has_session(self, request: Request) -> bool:
-        token = request.cookie(SECURE_COOKIE if request.scheme == "https" else COOKIE)
+        token = request.cookie(SESSION_COOKIES[request.scheme])
         session = self._store.get_session(self._token_hash(token)) if token else None
-        if not token or session is None:
+        if session is None:
             return False
-        created_at, used_at = session
-        now = time.time()
-        if now - used_at > self._idle_seconds or now - created_at > self._session_seconds:
+        (created_at, used_at), now = session, time.time()
+        idle_seconds: float = self._settings["SESSION_IDLE_SECONDS"]
+        if now - used_at > idle_seconds or now - created_at > self._settings["SESSION_SECONDS"]:
             return False
-        if now - used_at > min(SESSION_NOTE_SECONDS, self._idle_seconds / 2):
+        if now - used_at > min(SESSION_NOTE_SECONDS, idle_seconds / 2):
             self._store.mark_session_used(self._token_hash(token), now)
         return True
 
@@ -4426,21 +4377,20 @@ def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
     return (username, password) if colon else None
 
 
-def _set_cookie(request: Request, token: str) -> Tuple[str, str]:
-    name, secure = (SECURE_COOKIE, "; Secure") if request.scheme == "https" else (COOKIE, "")
-    end = "" if token else "; Max-Age=0"
-    return "Set-Cookie", f"{name}={token}; Path=/; HttpOnly; SameSite=Lax{secure}{end}"
+def set_cookie(request: Request, name: str, value: str, path: str = "/", same_site: str = "Lax") -> Tuple[str, str]:
+    """Return a Set-Cookie field (RFC 6265, section 4.1); without a value it removes the cookie."""
+    end = ("; Secure" if request.scheme == "https" else "") + ("" if value else "; Max-Age=0")
+    return "Set-Cookie", f"{name}={value}; Path={path}; HttpOnly; SameSite={same_site}{end}"
 
 
 def key_cookie(request: Request, path: str, job_key: str) -> Tuple[str, str]:
-    """Return the Set-Cookie field that lets this browser see the job at ``path`` and nothing else."""
-    secure = "; Secure" if request.scheme == "https" else ""
-    return "Set-Cookie", f"{KEY_COOKIE}={job_key}; Path={path}; HttpOnly; SameSite=Strict{secure}"
+    """Return the field that lets this browser see the job at ``path`` and nothing else."""
+    return set_cookie(request, KEY_COOKIE, job_key, path, "Strict")
 
 
 def local_path(path: Optional[str], default: str = "/user") -> str:
     """Return ``path`` if every browser takes it for a path of this service, else ``default``."""
-    return path if path and re.fullmatch(_LOCAL_PATH, path) else default
+    return path if path and re.fullmatch(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*", path) else default
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -4561,8 +4511,8 @@ def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -
                 "key": {"type": "apiKey", "in": "header", "name": "Authorization",
                         "description": "a job's key, the secure key or the token of a run, as the whole header value"},
                 "basic": {"type": "http", "scheme": "basic", "description": "the administrator"},
-                "session": {"type": "apiKey", "in": "cookie", "name": COOKIE, "description":
-                            f"the administrator, after a login; {SECURE_COOKIE} behind TLS"},
+                "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIES["http"], "description":
+                            f"the administrator, after a login; {SESSION_COOKIES['https']} behind TLS"},
             },
         },
     }
@@ -5182,7 +5132,7 @@ def _result(job: Job, path: str) -> Html:
     import csv
     if job.status != COMPLETE:
         return Html("<p>None.</p>" if job.status == ERROR else "<p>Not yet.</p>")
-    data = Response.data(job)
+    data = Response.data(job.data, job.metadata)
     kind = data.content_type.partition(";")[0].strip().lower()
     body = data.body if isinstance(data.body, bytes) else b"".join(data.body)
     text = "" if isinstance(job.data, bytes) else body.decode("utf-8")
@@ -5686,7 +5636,7 @@ class Service:
             return Response(409, f'{{"error": {job.error or "null"}}}'.encode("utf-8"), headers=applied)
         if job.status != COMPLETE:
             raise Conflict(f"job {job.job_id} has not finished yet", headers=applied)
-        response = Response.data(job)
+        response = Response.data(job.data, job.metadata)
         response.headers += applied
         return response
 
@@ -6947,7 +6897,7 @@ def _run_once(arguments: Sequence[str]) -> int:
         print(document.pop("traceback", ""), to_json(document), sep="", file=sys.stderr)
         return 1
     if outcome.data is not None:
-        body = raw_result(outcome.data)[0]
+        body = Response.data(outcome.data, None).body
         sys.stdout.buffer.writelines([body, b"\n"] if isinstance(body, bytes) else [*body, b"\n"])
     return 0
 
