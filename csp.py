@@ -3967,8 +3967,6 @@ class Request:
     """A request: ``path`` as sent (percent-encoded), ``headers`` by lower-case name, ``remote`` the client's address,
     ``scheme`` as the client used it (behind a trusted proxy: what the proxy says)."""
 
-    __slots__ = ("method", "target", "path", "query_string", "headers", "body", "remote", "scheme")
-
     def __init__(self, method: str, target: str, headers: Optional[Mapping[str, str]] = None, body: bytes = b"",
                  remote: str = "", scheme: str = "http") -> None:
         self.method = method
@@ -3991,9 +3989,13 @@ class Request:
         return urllib.parse.parse_qsl(self.query_string, keep_blank_values=True)
 
     def number(self, name: str, default: Optional[int], maximum: int = 2**63 - 1) -> Optional[int]:
-        """Return the query's parameter as a whole number from 0 to ``maximum``; raise Conflict if it is none."""
-        text = dict(self.query).get(name)
-        return default if text is None else whole_number(name, text, maximum)
+        """Return what query or form say as a whole number from 0 to ``maximum``; raise Conflict if it is none."""
+        text = {**self.form, **dict(self.query)}.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch("[0-9]{1,19}", text) or int(text) > maximum:
+            raise Conflict(f"{name} has to be a whole number from 0 to {maximum}")
+        return int(text)
 
     @property
     def is_json(self) -> bool:
@@ -4031,16 +4033,8 @@ class Request:
         return found[1].strip() if found else ""
 
 
-def whole_number(name: str, text: str, maximum: int) -> int:
-    if not re.fullmatch("[0-9]{1,19}", text) or int(text) > maximum:
-        raise Conflict(f"{name} has to be a whole number from 0 to {maximum}")
-    return int(text)
-
-
 class Response:
     """An answer. ``body`` is bytes, or Pieces of them; or an iterator that is sent as it comes and always closed."""
-
-    __slots__ = ("status", "body", "content_type", "headers")
 
     def __init__(self, status: int = 200, body: Union[bytes, Pieces, Iterator[bytes]] = b"",
                  content_type: str = "application/json", headers: Iterable[Tuple[str, str]] = ()) -> None:
@@ -4377,15 +4371,11 @@ def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
     return (username, password) if colon else None
 
 
-def set_cookie(request: Request, name: str, value: str, path: str = "/", same_site: str = "Lax") -> Tuple[str, str]:
-    """Return a Set-Cookie field (RFC 6265, section 4.1); without a value it removes the cookie."""
+def set_cookie(request: Request, name: str, value: str, path: str = "/") -> Tuple[str, str]:
+    """Return a Set-Cookie field (RFC 6265, section 4.1) for ``path`` and below; no value removes the cookie."""
+    same_site = "Lax" if path == "/" else "Strict"  # a session has to survive the way from a link on another site
     end = ("; Secure" if request.scheme == "https" else "") + ("" if value else "; Max-Age=0")
     return "Set-Cookie", f"{name}={value}; Path={path}; HttpOnly; SameSite={same_site}{end}"
-
-
-def key_cookie(request: Request, path: str, job_key: str) -> Tuple[str, str]:
-    """Return the field that lets this browser see the job at ``path`` and nothing else."""
-    return set_cookie(request, KEY_COOKIE, job_key, path, "Strict")
 
 
 def local_path(path: Optional[str], default: str = "/user") -> str:
@@ -4401,19 +4391,10 @@ def local_path(path: Optional[str], default: str = "/user") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _object(required: str, **properties: Schema) -> Schema:
-    """Return the schema of an object; ``required`` names those of its properties that are always there."""
-    return {"type": "object", "required": required.split(), "properties": properties}
-
-
-_TEXT: Schema = {"type": "string"}
-_WHOLE: Schema = {"type": "integer", "minimum": 0}
-_ANY: Schema = {"description": "any JSON"}
-_TIME: Schema = {"type": ["string", "null"], "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}$",
-                 "description": "local time without zone"}
-_API_KEY: Schema = {"anyOf": [{"type": "string", "minLength": 1}, {"type": "number"}], "description":
-                    "handed to the callback, as the Authorization header or, as `Name: value`, as a header of its own"}
-_URL: Schema = {"type": ["string", "null"], "description": "an http(s) URL: the finished job is POSTed there"}
+def _object(optional: str = "", /, **properties: Schema) -> Schema:
+    """Return the schema of an object that has all these properties, but for the ``optional`` ones."""
+    return {"type": "object", "required": [name for name in properties if name not in optional.split()],
+            "properties": properties}
 
 
 def _reference(name: str) -> Schema:
@@ -4424,73 +4405,75 @@ def _nullable(name: str) -> Schema:
     return {"anyOf": [_reference(name), {"type": "null"}]}
 
 
+_ANY: Schema = {"description": "any JSON"}
+_FLAG: Schema = {"type": "boolean"}
+_TEXT: Schema = {"type": "string"}
+_TEXTS: Schema = {"type": "array", "items": _TEXT}
+_MAYBE_TEXT: Schema = {"type": ["string", "null"]}
+_WHOLE: Schema = {"type": "integer", "minimum": 0}
+_LINES: Schema = {"type": "array", "items": _reference("LogLine")}
+_TIME: Schema = {**_MAYBE_TEXT, "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}$", "description": "local time"}
+_URL: Schema = {**_MAYBE_TEXT, "description": "an http(s) URL: the finished job is POSTed there"}
+_API_KEY: Schema = {"anyOf": [{**_TEXT, "minLength": 1}, {"type": "number"}], "description":
+                    "sent with the callback: as Authorization or, as `Name: value`, in a field of its own"}
 _JOB: Dict[str, Schema] = {
     "job_id": _TEXT, "job_type": _TEXT, "status": {"enum": [PENDING, COMPLETE, ERROR]}, "sent_data": _ANY,
     "data": {"description": "what the function returned; bytes as {\"base64\": …}"}, "error": _nullable("JobError"),
-    "metadata": {"type": "object"}, "logs": {"type": "array", "items": _reference("LogLine")},
-    "result_url": _URL, "requested_timestamp": _TIME, "started_timestamp": _TIME, "finished_timestamp": _TIME,
-    "progress": _nullable("Progress"), "attempts": _WHOLE, "callback": _nullable("Callback"),
-    "resubmitted_from": {"type": ["string", "null"]}}
+    "metadata": {"type": "object"}, "logs": _LINES, "result_url": _URL, "requested_timestamp": _TIME,
+    "started_timestamp": _TIME, "finished_timestamp": _TIME, "progress": _nullable("Progress"), "attempts": _WHOLE,
+    "callback": _nullable("Callback"), "resubmitted_from": _MAYBE_TEXT}
 SCHEMAS: Dict[str, Schema] = {
-    "Error": _object("error", error={"type": "string", "description": "a sentence"}, detail=_TEXT),
-    "Failure": _object("error", error={"anyOf": [_TEXT, _reference("JobError")]}),
-    "Help": _object("help", help=_TEXT),
-    "Status": _object("version job_types name stats", version={"type": "number"}, name=_TEXT,
-                      job_types={"type": "array", "items": _TEXT},
-                      stats=_object("pending complete error", pending=_WHOLE, complete=_WHOLE, error=_WHOLE)),
-    "User": _object("id name is_active is_anonymous", id={"type": ["integer", "null"]}, name=_TEXT,
-                    is_active={"type": "boolean"}, is_anonymous={"type": "boolean"}),
-    "JobList": _object("list", list={"type": "array", "items": _TEXT}),
-    "Job": _object(" ".join(_JOB), **_JOB),
-    "SubmittedJob": _object(" ".join((*_JOB, "job_key")), **_JOB, job_key=_TEXT),
-    "JobError": _object("message", message=_TEXT, traceback=_TEXT),
-    "LogLine": _object("timestamp message level module funcName lineno", timestamp=_TIME, message=_TEXT, level=_TEXT,
-                       module=_TEXT, funcName=_TEXT, lineno={"type": "integer"}),
-    "Progress": _object("fraction message", fraction={"type": "number", "minimum": 0, "maximum": 1},
-                        message={"type": ["string", "null"]}),
-    "Callback": _object("status attempts error next_attempt_timestamp", attempts=_WHOLE,
-                        status={"enum": [PENDING, "delivered", "failed"]},
-                        error={"type": ["string", "null"]}, next_attempt_timestamp=_TIME),
-    "Success": _object("success", success={"const": True}),
-    "Cleared": _object("success deleted", success={"const": True}, deleted=_WHOLE),
-    "Submission": {**_object("job_type api_key", job_type=_TEXT, api_key=_API_KEY, data=_ANY,
-                             metadata={"type": ["object", "null"]}, result_url=_URL), "additionalProperties": False},
-    "Report": {**_object("execution first lines progress seconds", first=_WHOLE,
-                         execution={**_TEXT, "minLength": 1, "maxLength": 100},
-                         lines={"type": "array", "items": _reference("LogLine")},
-                         progress=_nullable("Progress"), seconds={"type": "number", "minimum": 0}),
-               "additionalProperties": False},
-    "Instruction": _object("cancelled", cancelled={"type": "boolean"}),
-    "NewKey": {**_object("", api_key=_API_KEY), "additionalProperties": False},
-    "Login": _object("username password", username=_TEXT, password=_TEXT, next=_TEXT),
+    "Error": _object("detail", error={**_TEXT, "description": "a sentence"}, detail=_TEXT),
+    "Failure": _object(error={"anyOf": [_TEXT, _reference("JobError")]}),
+    "Help": _object(help=_TEXT),
+    "Status": _object(version={"type": "number"}, job_types=_TEXTS, name=_TEXT,
+                      stats=_object(pending=_WHOLE, complete=_WHOLE, error=_WHOLE)),
+    "User": _object(id={"type": ["integer", "null"]}, name=_TEXT, is_active=_FLAG, is_anonymous=_FLAG),
+    "JobList": _object(list=_TEXTS),
+    "Job": _object(**_JOB),
+    "SubmittedJob": _object(**_JOB, job_key=_TEXT),
+    "JobError": _object("traceback", message=_TEXT, traceback=_TEXT),
+    "LogLine": _object(timestamp=_TIME, message=_TEXT, level=_TEXT, module=_TEXT, funcName=_TEXT,
+                       lineno={"type": "integer"}),
+    "Progress": _object(fraction={"type": "number", "minimum": 0, "maximum": 1}, message=_MAYBE_TEXT),
+    "Callback": _object(status={"enum": [PENDING, "delivered", "failed"]}, attempts=_WHOLE, error=_MAYBE_TEXT,
+                        next_attempt_timestamp=_TIME),
+    "Success": _object(success={"const": True}),
+    "Cleared": _object(success={"const": True}, deleted=_WHOLE),
+    "Submission": dict(_object(
+        "data metadata result_url", job_type=_TEXT, api_key=_API_KEY, data=_ANY,
+        metadata={"type": ["object", "null"]}, result_url=_URL), additionalProperties=False),
+    "Report": dict(_object(
+        execution={**_TEXT, "minLength": 1, "maxLength": 100}, first=_WHOLE, lines=_LINES,
+        progress=_nullable("Progress"), seconds={"type": "number", "minimum": 0}), additionalProperties=False),
+    "Instruction": _object(cancelled=_FLAG),
+    "NewKey": dict(_object("api_key", api_key=_API_KEY), additionalProperties=False),
+    "Login": _object("next", username=_TEXT, password=_TEXT, next=_TEXT),
 }
 RAW_RESULT = "*/*"
-FORMS = frozenset(("Login",))  # bodies that are URL-encoded; all others are JSON
-_NUMBER: Schema = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
-PARAMETERS: Dict[str, Tuple[str, Schema, str]] = {  # where, schema, description
-    "_limit": ("query", _NUMBER, f"how many, by default 100, at most {MAX_LISTED:,}"),
-    "_offset": ("query", {**_NUMBER, "maximum": MAX_OFFSET}, "how many to skip; following the Link header is cheaper"),
-    "_before": ("query", _NUMBER, "from the Link header"),
-    "_status": ("query", _TEXT, "pending, complete or error; also queued or running"),
-    "_type": ("query", _TEXT, "a job type"),
-    "_id": ("query", _TEXT, "only jobs whose id starts with this, ordered by id; other filters are ignored"),
-    "metadata": ("query", {"type": "object", "additionalProperties": _TEXT},
-                 "every other parameter is a metadata key and its value"),
-    "limit": ("query", _NUMBER, "at most so many log entries, newest first"),
-    "days": ("query", {"type": "integer", "minimum": 0, "maximum": 36_500}, "jobs that finished more days ago"),
-    "next": ("query", _TEXT, "the path of this service to redirect to"),
-    "last_event_id": ("query", {"type": "string", "pattern": "^[0-9]{0,18}$"}, "only events after this one"),
-    "Last-Event-ID": ("header", {"type": "string", "pattern": "^[0-9]{0,18}$"}, "only events after this one"),
-    "Prefer": ("header", _TEXT, "RFC 7240: wait=N answers when the job has finished, or after N seconds; respond-async "
-               "queues also a job of a synchronous type"),
+_NUMBER: Schema = {**_WHOLE, "maximum": 2**63 - 1}
+_EVENT_ID: Schema = {**_TEXT, "pattern": "^[0-9]{0,18}$"}
+PARAMETERS: Dict[str, Tuple[Schema, str]] = {  # those that begin with a capital are header fields
+    "_limit": (_NUMBER, f"how many, by default 100, at most {MAX_LISTED:,}"),
+    "_offset": ({**_NUMBER, "maximum": MAX_OFFSET}, "how many to skip; following the Link header is cheaper"),
+    "_before": (_NUMBER, "from the Link header"),
+    "_status": (_TEXT, "pending, complete or error; also queued or running"),
+    "_type": (_TEXT, "a job type"),
+    "_id": (_TEXT, "only jobs whose id starts with this, ordered by id; other filters are ignored"),
+    "metadata": ({"type": "object", "additionalProperties": _TEXT}, "all others: metadata keys and their values"),
+    "limit": (_NUMBER, "at most so many log entries, newest first"),
+    "days": ({**_WHOLE, "maximum": 36_500}, "jobs that finished more days ago"),
+    "next": (_TEXT, "the path of this service to redirect to"),
+    "last_event_id": (_EVENT_ID, "only events after this one"),
+    "Last-Event-ID": (_EVENT_ID, "only events after this one"),
+    "Prefer": (_TEXT, "RFC 7240: wait=N answers when the job has finished, or after N seconds; respond-async queues "
+               "also a job of a synchronous type"),
 }
 REFUSALS = {
     400: "the request is not HTTP", 401: "the login failed", 403: "not authorized", 404: "no such job",
-    408: "the request took too long to arrive", 409: "the request is invalid",
-    413: "the body is too large", 414: "the request line is too long", 429: "too many failed logins",
-    431: "the header is too large",
+    408: "the request took too long to arrive", 409: "the request is invalid", 413: "the body is too large",
+    414: "the request line is too long", 429: "too many failed logins", 431: "the header is too large",
     500: "an internal error, explained in the service's log", 503: "the service cannot store or accept it for now"}
-_ALWAYS = (400, 408, 409, 413, 414, 429, 431, 500, 503)
 
 
 def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -> Dict[str, Any]:
@@ -4498,54 +4481,54 @@ def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -
     paths: Dict[str, Dict[str, Any]] = {}
     for route in routes:
         paths.setdefault(route.path.replace("<", "{").replace(">", "}"), {})[route.method.lower()] = _describe(route)
-    submission = dict(SCHEMAS["Submission"]["properties"], job_type={"enum": list(job_types)} if job_types else _TEXT)
+    submission = SCHEMAS["Submission"]
+    if job_types:
+        submission = {**submission, "properties": {**submission["properties"], "job_type": {"enum": [*job_types]}}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": name, "version": __version__, "license": {"name": "MIT"}, "description":
-                 "Functions as jobs: submit them, watch them, read their logs and results (csp.py)."},
+        "info": {"title": name, "version": __version__, "license": {"name": "MIT"},
+                 "description": "Submit functions as jobs, watch them, read their logs and results (csp.py)."},
         "paths": paths,
         "components": {
-            "schemas": {**SCHEMAS, "Submission": {**SCHEMAS["Submission"], "properties": submission}},
-            "responses": {str(status): _answer_object(text, "Error") for status, text in REFUSALS.items()},
+            "schemas": {**SCHEMAS, "Submission": submission},
+            "responses": {str(status): _answer(text, "Error") for status, text in REFUSALS.items()},
             "securitySchemes": {
-                "key": {"type": "apiKey", "in": "header", "name": "Authorization",
-                        "description": "a job's key, the secure key or the token of a run, as the whole header value"},
+                "key": {"type": "apiKey", "in": "header", "name": "Authorization", "description":
+                        "a job's key, the secure key or the token of a run, as the whole value"},
                 "basic": {"type": "http", "scheme": "basic", "description": "the administrator"},
                 "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIES["http"], "description":
-                            f"the administrator, after a login; {SESSION_COOKIES['https']} behind TLS"},
-            },
-        },
-    }
+                            f"the administrator, after a login; {SESSION_COOKIES['https']} behind TLS"}}}}
 
 
 def _describe(route: Route) -> Dict[str, Any]:
-    parameters = [{"name": name, "in": where, "description": text, "schema": schema,
-                   **({"style": "form", "explode": True} if schema.get("type") == "object" else {})}
-                  for name, (where, schema, text) in PARAMETERS.items() if name in route.parameters]
+    is_open, is_redirect = route.access in (ANYBODY, LISTERS), route.answer == "redirect"
+    parameters = [{"name": name, "in": "header" if name[0].isupper() else "query", "description": text,
+                   "schema": schema, **({"style": "form", "explode": True} if schema["type"] == "object" else {})}
+                  for name, (schema, text) in PARAMETERS.items() if name in route.parameters]
     if "<job_id>" in route.path:
-        parameters.append({"name": "job_id", "in": "path", "required": True, "schema":
-                           {"type": "string", "minLength": 1, "maxLength": 255}})
-    success = _answer_object("success", route.answer)
-    if route.answer == "redirect":
-        success = {**_answer_object("redirect", "application/json"), "headers": {"Location": {"schema": _TEXT}}}
-    refusals = {*_ALWAYS, *route.refusals, *([] if route.access in (ANYBODY, LISTERS) else [403])}
+        parameters.append({"name": "job_id", "in": "path", "required": True,
+                           "schema": {**_TEXT, "minLength": 1, "maxLength": 255}})
+    answer = _answer("success", route.answer)
+    if is_redirect:
+        answer = {**_answer("redirect", "application/json"), "headers": {"Location": {"schema": _TEXT}}}
     operation: Dict[str, Any] = {
         "summary": route.summary, "operationId": re.sub(r"\W+", "_", route.method.lower() + route.path).strip("_"),
         "description": " ".join((route.endpoint.__doc__ or "").split()), "parameters": parameters,
-        "responses": {"302" if route.answer == "redirect" else "200": success,
-                      **{str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(refusals)}}}
+        "responses": {"302" if is_redirect else "200": answer, **{
+            str(status): {"$ref": f"#/components/responses/{status}"} for status in REFUSALS
+            if status not in (401, 403, 404) or status in route.refusals or (status == 403 and not is_open)}}}
     if route.answer == RAW_RESULT:  # its refusal is the job's own error, if it failed
-        operation["responses"]["409"] = _answer_object(REFUSALS[409], "Failure")
+        operation["responses"]["409"] = _answer(REFUSALS[409], "Failure")
     if route.body:
-        kind = "application/x-www-form-urlencoded" if route.body in FORMS else "application/json"
+        kind = "application/x-www-form-urlencoded" if route.body == "Login" else "application/json"
         operation["requestBody"] = {"required": route.body == "Submission",
                                     "content": {kind: {"schema": _reference(route.body)}}}
-    if route.access not in (ANYBODY, LISTERS):
+    if not is_open:
         operation["security"] = [{"key": []}, *([] if route.access == RUN_TOKEN else [{"basic": []}, {"session": []}])]
     return operation
 
 
-def _answer_object(text: str, answer: str) -> Dict[str, Any]:
+def _answer(text: str, answer: str) -> Dict[str, Any]:
     """Return an OpenAPI response whose body is of a schema, or of a media type."""
     content = {"application/json": {"schema": _reference(answer)}} if answer in SCHEMAS else {answer: {}}
     return {"description": text, "content": content}
@@ -5845,7 +5828,7 @@ class Service:
         job, path = self._find_job(job_id), job_path(job_id)
         if not job.job_key or not is_same(request.form.get("job_key", "").strip(), job.job_key):
             return page_response(key_page(self._stranger(path), path, "That is not the key of this job."), 403)
-        return Response.redirect(path, [key_cookie(request, path, job.job_key)])
+        return Response.redirect(path, [set_cookie(request, KEY_COOKIE, job.job_key, path)])
 
     def cancel_form(self, request: Request, job: Job) -> Response:
         self.runner.cancel(job)
@@ -5864,7 +5847,7 @@ class Service:
         new = self._queue(again, origin=job.job_id)
         path = job_path(new.job_id)
         return _go_to(path, "resubmit", [] if self.auth.may_administer(request) else
-                      [key_cookie(request, path, new.job_key)])
+                      [set_cookie(request, KEY_COOKIE, new.job_key, path)])
 
     def act_on_selection(self, request: Request) -> Response:
         form, action = request.form, request.form.get("action", "")
@@ -5887,7 +5870,7 @@ class Service:
         return _go_to(local_path(form.get("back"), "/job"), action if jobs else "none")
 
     def clear_form(self, request: Request) -> Response:
-        self._clear(whole_number("days", request.form.get("days", ""), MAX_DAYS))
+        self.clear_jobs(request)
         return _go_to("/job", "clear")
 
     def submit_form(self, request: Request) -> Response:
