@@ -3936,12 +3936,11 @@ def _timeout_message(timeout_seconds: Optional[float]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests and responses
 #
-# Values without sockets. A Request has been parsed strictly (see Transports) before anything here sees it; a Response
-# is a status, header fields and a body, or an iterator of bytes where a result is streamed. A Route says what there is
-# at an address and who may use it.
+# Values without sockets. A Request has been parsed strictly (see Transports) before anything here sees it. A Route says
+# what there is at an address and who may use it.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Who may use a route, and what its endpoint gets: nothing but the request and the address, the checked job, the run.
+# Who may use a route
 ANYBODY, LISTERS = "all", "all, or admin, secure key"
 JOB_KEY, ADMIN, RUN_TOKEN = "job key, admin, secure key", "admin, secure key", "token of the run"
 MAX_OFFSET = 10**9  # SQLite counts to 2^63, and skipping so much is not worth waiting for
@@ -3951,13 +3950,10 @@ MAX_PARAMETERS = 50  # of a query
 MAX_FORM_BYTES = 2**18  # parsing takes many times as much memory
 MAX_FORM_FIELDS = 200  # a page of jobs has a box for each
 SECURITY_HEADERS = (
-    ("X-Content-Type-Options", "nosniff"),
-    ("Cache-Control", "no-store"),
-    ("Referrer-Policy", "no-referrer"),
-    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"),
-)
+    ("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"), ("Referrer-Policy", "no-referrer"),
+    ("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'"))
+SANDBOX = ("Content-Security-Policy", "sandbox; default-src 'none'; frame-ancestors 'none'")
 _REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-SANDBOX = "sandbox; default-src 'none'; frame-ancestors 'none'"
 _WORD = r"[!#$&^_.+\-0-9A-Za-z]{1,127}"
 _MEDIA_TYPE = rf'{_WORD}/{_WORD}(?: *; *{_WORD}=(?:{_WORD}|"[\x20\x21\x23-\x5b\x5d-\x7e]*"))*'
 _INERT_TYPE = r"(?i)(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gif|webp)|(?:audio|video)/[^;]+)(?:;|\Z)"
@@ -3979,7 +3975,6 @@ class Request:
 
     @property
     def is_safe(self) -> bool:
-        """Whether the method changes nothing (RFC 9110, section 9.2.1)."""
         return self.method in ("GET", "HEAD")
 
     @property
@@ -4013,8 +4008,7 @@ class Request:
         if not self.headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded"):
             return []
         if len(self.body) > MAX_FORM_BYTES or self.body.count(b"&") >= MAX_FORM_FIELDS:
-            raise CspError(413, f"A form may have {MAX_FORM_BYTES:,} bytes and {MAX_FORM_FIELDS} fields; "
-                           "send JSON to /job for more.")
+            raise CspError(413, f"A form may have {MAX_FORM_BYTES:,} bytes and {MAX_FORM_FIELDS} fields.")
         return urllib.parse.parse_qsl(self.body.decode("ascii", "replace"), keep_blank_values=True)
 
     @property
@@ -4058,10 +4052,7 @@ class Response:
 
     @classmethod
     def data(cls, data: Union[str, bytes, None], metadata: Optional[str]) -> Response:
-        """Return a job's raw result: bytes, or JSON text of which a string is sent as its text.
-
-        It is harmless to a browser whatever type the metadata say it has.
-        """
+        """Return a job's raw result, a string as its text; harmless to a browser whatever type the metadata name."""
         body: Union[bytes, Pieces]
         if isinstance(data, bytes):
             body, kind = data, "application/octet-stream"
@@ -4073,9 +4064,8 @@ class Response:
         wanted = json.loads(metadata or "{}").get("mimetype")
         if isinstance(wanted, str) and re.fullmatch(_MEDIA_TYPE, wanted):
             kind = wanted
-        is_inert = re.match(_INERT_TYPE, kind)
-        return cls(200, body, kind, [("Content-Security-Policy", SANDBOX),
-                                     *([] if is_inert else [("Content-Disposition", "attachment")])])
+        disposition = [] if re.match(_INERT_TYPE, kind) else [("Content-Disposition", "attachment")]
+        return cls(200, body, kind, [SANDBOX, *disposition])
 
 
 def render_event(name: str, value: Any, event_id: Optional[int] = None) -> bytes:
@@ -4085,12 +4075,12 @@ def render_event(name: str, value: Any, event_id: Optional[int] = None) -> bytes
 
 
 class Route(NamedTuple):
-    """A row of the route table. ``path`` may hold ``<job_id>`` as a segment.
+    """A row of the route table. ``path`` may hold ``<job_id>`` as its second segment.
 
-    ``access`` says who may use it, and is checked before the endpoint is called: of JOB_KEY the endpoint gets the
-    checked job (``columns`` of it), of RUN_TOKEN the run, else the job id if there is one. ``page`` answers browsers
-    instead of ``endpoint``. The rest is for the description: ``answer`` names a schema or is a media type, ``body``
-    names a schema, ``parameters`` are names of query parameters and header fields, ``refusals`` are statuses.
+    ``access`` is checked before the endpoint is called: with JOB_KEY that gets the checked job (``columns`` of it),
+    with RUN_TOKEN the run, else the job id if there is one. ``page`` answers browsers instead of ``endpoint``. The rest
+    describes: ``answer`` names a schema or is a media type, ``body`` names a schema, ``parameters`` are of the query or
+    header fields, ``refusals`` are statuses.
     """
 
     method: str
@@ -4120,10 +4110,7 @@ class Router:
         methods = self._methods.get(segments)
         if methods is None and len(segments) > 1:
             methods = self._methods.get((segments[0], None, *segments[2:]))
-            try:
-                arguments = [urllib.parse.unquote(segments[1] or "", errors="strict")]
-            except UnicodeDecodeError:
-                raise Conflict("The address is not UTF-8.") from None
+            arguments = [urllib.parse.unquote(segments[1] or "", errors="surrogateescape")]  # no id has a surrogate
         if methods is None:
             raise CspError(404, "There is nothing at this address; GET / says where the documentation is.")
         route = methods.get("GET" if request.method == "HEAD" else request.method)
@@ -4175,8 +4162,7 @@ MANY_FAILURES = 100  # so many from all addresses within THROTTLE_SECONDS are an
 THROTTLE_SECONDS = 900.0
 LOGIN_TURNS = 8  # logins checked at the same time
 MAX_THROTTLED = 10_000  # addresses remembered: a botnet must not fill the memory
-WEAK_SECRETS = frozenset(("please_replace_me", "change_me_please", "correcthorse", "administrator", "password123",
-                          "1234567890"))
+WEAK_SECRETS = ("please_replace_me", "change_me_please", "correcthorse", "administrator")
 SESSION_NOTE_SECONDS = 60.0  # how often the use of a session is stored
 
 _scrypt_turns = threading.BoundedSemaphore(4)  # each scrypt takes 16 MB and a core
@@ -4186,8 +4172,8 @@ def hash_password(password: str) -> str:
     import hashlib
     salt = os.urandom(16)
     key = hashlib.scrypt(password.encode("utf-8"), salt=salt, dklen=32, **SCRYPT)
-    fields = [base64.b64encode(part).decode("ascii") for part in (salt, key)]
-    return "$".join(["scrypt", *(str(SCRYPT[name]) for name in "nrp"), *fields])
+    encoded = [base64.b64encode(part).decode("ascii") for part in (salt, key)]
+    return "$".join(["scrypt", *map(str, SCRYPT.values()), *encoded])
 
 
 class Secret:
@@ -4240,9 +4226,8 @@ class LoginThrottle:
         group = _address_group(address)
         with self._turns[hash(group) % LOGIN_TURNS]:  # one by one, so that parallel guesses are counted, too
             now = self._clock()
-            with self._lock:
-                count, last = self._failures.get(group, (0, 0.0))
-                is_attack = len(self._all) == MANY_FAILURES and now - self._all[0] < THROTTLE_SECONDS
+            count, last = self._failures.get(group, (0, 0.0))
+            is_attack = len(self._all) == MANY_FAILURES and now - self._all[0] < THROTTLE_SECONDS
             over = count - (1 if is_attack else FREE_FAILURES)
             wait = last + min(2.0 ** min(over, 20), THROTTLE_SECONDS) - now if over >= 0 else 0.0
             if wait > 0:
@@ -4290,7 +4275,7 @@ class Authenticator:
         self._throttle = LoginThrottle()
         self._session_key = f"{settings['USERNAME']}:{password}".encode("utf-8", "replace")  # a new one ends sessions
         for name in ("PASSWORD", "SECRET_KEY"):
-            if settings[name] and (len(settings[name]) < 10 or settings[name].lower() in WEAK_SECRETS):
+            if settings[name] and (len(settings[name]) < 12 or settings[name].lower() in WEAK_SECRETS):
                 log.warning("the setting %s is short or well known: somebody will guess it", name)
 
     def is_login(self, username: str, password: str, address: str) -> bool:
@@ -4308,28 +4293,34 @@ class Authenticator:
         is_safe = request.is_safe or is_same_origin(request)
         if credentials is not None:
             return is_safe is not False and self.is_login(*credentials, request.remote)
-        return bool(is_safe) and self._has_session(request)
+        token, now = request.cookie(SESSION_COOKIES[request.scheme]), time.time()
+        session = self._store.get_session(self._token_hash(token)) if token and is_safe else None
+        if session is None:
+            return False
+        created_at, used_at = session
+        idle_seconds: float = self._settings["SESSION_IDLE_SECONDS"]
+        if now - used_at > idle_seconds or now - created_at > self._settings["SESSION_SECONDS"]:
+            return False
+        if now - used_at > min(SESSION_NOTE_SECONDS, idle_seconds / 2):
+            self._store.mark_session_used(self._token_hash(token), now)
+        return True
 
     def may_submit(self, api_key: Union[str, int, float]) -> bool:
         """Return whether the api_key may submit jobs: any may, unless API_KEYS lists those that may."""
         return not self._api_keys or any([key.matches(str(api_key)) for key in self._api_keys])
 
     def may_administer(self, request: Request) -> bool:
-        """Return whether the request has the secure key or comes from the administrator."""
         given, key = request.headers.get("authorization"), self._settings["SECRET_KEY"]
         return bool(given and key and is_same(given, key)) or self.is_admin(request)
 
     def may_see(self, request: Request, job: Job) -> bool:
-        """Return whether the request may see and administer the job: its key, or as above."""
+        """Return whether the request has the job's key, or ``may_administer``."""
         given = request.headers.get("authorization")
         if given is None and (request.is_safe or is_same_origin(request)):
             given = request.cookie(KEY_COOKIE)
         return bool(given and job.job_key and is_same(given, job.job_key)) or self.may_administer(request)
 
-    # -- sessions
-
     def begin_session(self, request: Request) -> Tuple[str, str]:
-        """Return the field that sets the cookie of a new session."""
         token, now = make_token(), time.time()
         self._store.add_session(self._token_hash(token), now, now - self._settings["SESSION_IDLE_SECONDS"],
                                 now - self._settings["SESSION_SECONDS"])
@@ -4344,19 +4335,6 @@ class Authenticator:
 
     def _token_hash(self, token: str) -> str:
         return sign(self._session_key, token.encode("utf-8", "replace")).hex()
-
-    def _has_session(self, request: Request) -> bool:
-        token = request.cookie(SESSION_COOKIES[request.scheme])
-        session = self._store.get_session(self._token_hash(token)) if token else None
-        if session is None:
-            return False
-        (created_at, used_at), now = session, time.time()
-        idle_seconds: float = self._settings["SESSION_IDLE_SECONDS"]
-        if now - used_at > idle_seconds or now - created_at > self._settings["SESSION_SECONDS"]:
-            return False
-        if now - used_at > min(SESSION_NOTE_SECONDS, idle_seconds / 2):
-            self._store.mark_session_used(self._token_hash(token), now)
-        return True
 
 
 def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
@@ -4386,8 +4364,8 @@ def local_path(path: Optional[str], default: str = "/user") -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # API description
 #
-# OpenAPI 3.1 (spec.openapis.org/oas/v3.1), made from the route table and the endpoints' docstrings. Schemas are JSON
-# Schema 2020-12. Fields, parameters and refusals are described here.
+# OpenAPI 3.1 (spec.openapis.org/oas/v3.1), made from the route table and the endpoints' docstrings; schemas, parameters
+# and refusals are described here.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -4469,11 +4447,7 @@ PARAMETERS: Dict[str, Tuple[Schema, str]] = {  # those that begin with a capital
     "Prefer": (_TEXT, "RFC 7240: wait=N answers when the job has finished, or after N seconds; respond-async queues "
                "also a job of a synchronous type"),
 }
-REFUSALS = {
-    400: "the request is not HTTP", 401: "the login failed", 403: "not authorized", 404: "no such job",
-    408: "the request took too long to arrive", 409: "the request is invalid", 413: "the body is too large",
-    414: "the request line is too long", 429: "too many failed logins", 431: "the header is too large",
-    500: "an internal error, explained in the service's log", 503: "the service cannot store or accept it for now"}
+REFUSALS = (400, 401, 403, 404, 408, 409, 413, 414, 429, 431, 500, 503)
 
 
 def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -> Dict[str, Any]:
@@ -4487,11 +4461,12 @@ def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -
     return {
         "openapi": "3.1.0",
         "info": {"title": name, "version": __version__, "license": {"name": "MIT"},
-                 "description": "Submit functions as jobs, watch them, read their logs and results (csp.py)."},
+                 "description": "Functions as jobs: submit them, watch them, read their logs and results (csp.py). A "
+                 "request whose content is wrong is refused with 409."},
         "paths": paths,
         "components": {
             "schemas": {**SCHEMAS, "Submission": submission},
-            "responses": {str(status): _answer(text, "Error") for status, text in REFUSALS.items()},
+            "responses": {str(status): _answer(_REASONS[status], "Error") for status in REFUSALS},
             "securitySchemes": {
                 "key": {"type": "apiKey", "in": "header", "name": "Authorization", "description":
                         "a job's key, the secure key or the token of a run, as the whole value"},
@@ -4518,7 +4493,7 @@ def _describe(route: Route) -> Dict[str, Any]:
             str(status): {"$ref": f"#/components/responses/{status}"} for status in REFUSALS
             if status not in (401, 403, 404) or status in route.refusals or (status == 403 and not is_open)}}}
     if route.answer == RAW_RESULT:  # its refusal is the job's own error, if it failed
-        operation["responses"]["409"] = _answer(REFUSALS[409], "Failure")
+        operation["responses"]["409"] = _answer(_REASONS[409], "Failure")
     if route.body:
         kind = "application/x-www-form-urlencoded" if route.body == "Login" else "application/json"
         operation["requestBody"] = {"required": route.body == "Submission",

@@ -1936,10 +1936,7 @@ class TestConsole:
         "accept, is_page",
         [
             (None, False), ("*/*", False), ("application/json", False), ("text/*", False), (BROWSER_ACCEPT, True),
-            ("text/html", True), ("text/html;q=0", False), ("text/html;q=0.0, */*", False),
-            ("application/json, text/html;q=0.9", False), ("application/json;q=0.5, text/html;q=0.9", True),
-            ("application/json, text/html", True), ("TEXT/HTML", False), ("text/html;level=1;q=0.5", True),
-            ("text/html2", False), ("text/html;q=x", True),
+            ("text/html", True), ("application/json, text/html;q=0.9", False), ("text/html, application/json", True),
         ],
     )
     @pytest.mark.parametrize("path", ["/", "/job", "/login", "/job/x", "/nothing"])
@@ -3331,7 +3328,8 @@ RAW_REQUESTS = {  # status, and whether the connection goes on
         *map(line, [
             b"BREW /nothing HTTP/1.1", b"GET //status HTTP/1.1", b"GET //evil.example/%2f.. HTTP/1.1",
             b"GET /../status HTTP/1.1", b"GET /%73tatus HTTP/1.1", b"GET /job/%00 HTTP/1.1",
-            b"GET /job/a%2fb HTTP/1.1", b"GET /job/%zz HTTP/1.1",
+            b"GET /job/a%2fb HTTP/1.1", b"GET /job/%zz HTTP/1.1", b"GET /job/%ff HTTP/1.1",
+            b"GET /job/%ed%a0%80 HTTP/1.1",
         ]),
         line(b"GET /nothing HTTP/1.1\r\nContent-Length: 5") + b"GET /",
     ],
@@ -3339,7 +3337,7 @@ RAW_REQUESTS = {  # status, and whether the connection goes on
         *map(line, [b"get /status HTTP/1.1", b"BREW /status HTTP/1.1", b"TRACE /status HTTP/1.1"]),
         line(b"PUT /status HTTP/1.1\r\nContent-Length: 5") + b"GET /",
     ],
-    (409, GOES_ON): [line(b"GET /job/%ff HTTP/1.1"), line(b"GET /job/%ed%a0%80 HTTP/1.1"), POST + b"\r\n"],
+    (409, GOES_ON): [POST + b"\r\n"],
     (413, NOW_CLOSED): [
         *map(length, [b"99999999999", b"9" * 400]), chunked(b"fffffffffffffff\r\n"),
         length(b"99999999999").replace(b"Host", b"Expect: 100-continue\r\nHost"),
