@@ -3960,8 +3960,8 @@ _INERT_TYPE = r"(?i)(?:text/plain|text/csv|application/json|image/(?:png|jpeg|gi
 
 
 class Request:
-    """A request: ``path`` as sent (percent-encoded), ``headers`` by lower-case name, ``remote`` the client's address,
-    ``scheme`` as the client used it (behind a trusted proxy: what the proxy says)."""
+    """A request: ``path`` as sent (percent-encoded), ``headers`` by lower-case name, ``remote`` and ``scheme`` those of
+    the client (behind a trusted proxy: what the proxy says)."""
 
     def __init__(self, method: str, target: str, headers: Optional[Mapping[str, str]] = None, body: bytes = b"",
                  remote: str = "", scheme: str = "http") -> None:
@@ -4028,7 +4028,7 @@ class Request:
 
 
 class Response:
-    """An answer. ``body`` is bytes, or Pieces of them; or an iterator that is sent as it comes and always closed."""
+    """An answer. ``body`` is bytes or Pieces, or an iterator that is sent as it comes and always closed."""
 
     def __init__(self, status: int = 200, body: Union[bytes, Pieces, Iterator[bytes]] = b"",
                  content_type: str = "application/json", headers: Iterable[Tuple[str, str]] = ()) -> None:
@@ -4069,9 +4069,9 @@ class Response:
 
 
 def render_event(name: str, value: Any, event_id: Optional[int] = None) -> bytes:
-    """Return a Server-Sent Event (html.spec.whatwg.org/multipage/server-sent-events.html) with ``value`` as JSON."""
-    identifier = "" if event_id is None else f"id: {event_id}\n"
-    return f"event: {name}\n{identifier}data: {to_json(value)}\n\n".encode("utf-8")
+    """Return a Server-Sent Event (html.spec.whatwg.org) with ``value`` as JSON."""
+    number = "" if event_id is None else f"id: {event_id}\n"
+    return f"event: {name}\n{number}data: {to_json(value)}\n\n".encode("utf-8")
 
 
 class Route(NamedTuple):
@@ -4149,8 +4149,8 @@ class ProxyTrust:
 # Auth
 #
 # Three credentials: the administrator's login (Basic, or a session begun at /login), the secure key, a job's own key.
-# Secrets are compared in constant time. A session is a random token in a cookie; the database holds only its hash, so
-# that neither a copied database nor a cookie copied before logout is of any use.
+# Secrets are compared in constant time. A session is a random token in a cookie, of which the database holds a hash:
+# neither a copied database nor a cookie copied before logout is of any use.
 # ---------------------------------------------------------------------------------------------------------------------
 
 SCRYPT = {"n": 2**14, "r": 8, "p": 1}  # OWASP's minimum that fits OpenSSL's default of 32 MB
@@ -4207,11 +4207,11 @@ class Secret:
 
 
 class LoginThrottle:
-    """Slows down password guessing, by address and for all addresses together.
+    """Slows down password guessing.
 
-    An address (for IPv6 a /64 network) may fail FREE_FAILURES times; then it waits, twice as long with every further
-    failure. During an attack from many addresses each has one free failure only. The right password from an address
-    that has not failed always works at once, so that nobody can lock the administrator out.
+    An address (for IPv6 a /64 network) may fail FREE_FAILURES times; then it waits, twice as long after each further
+    failure. During an attack from many addresses each has one free failure. The right password from an address that
+    has not failed always works at once, so that nobody can lock the administrator out.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -4279,15 +4279,15 @@ class Authenticator:
                 log.warning("the setting %s is short or well known: somebody will guess it", name)
 
     def is_login(self, username: str, password: str, address: str) -> bool:
-        """Return whether this is the administrator's login; raise TooManyRequests if ``address`` failed too often."""
+        """Return whether this is the administrator's login; raise TooManyRequests if the address has to wait."""
         return self._throttle.attempt(  # the password first: an unknown user takes as long as a wrong password
             address, lambda: self._password.matches(password) and is_same(username, self._settings["USERNAME"]))
 
     def is_admin(self, request: Request) -> bool:
         """Return whether the request has the administrator's Basic credentials or a live session.
 
-        A browser sends both by itself. For a request that changes something a cookie counts only if the browser says
-        that a page of this service sent it, and Basic counts unless the browser says that another site's page did.
+        A browser sends both by itself. To change something, a cookie counts only if the browser says that a page of
+        this service sent it, and Basic unless the browser says that another site's page did.
         """
         credentials = basic_credentials(request)
         is_safe = request.is_safe or is_same_origin(request)
@@ -4306,7 +4306,7 @@ class Authenticator:
         return True
 
     def may_submit(self, api_key: Union[str, int, float]) -> bool:
-        """Return whether the api_key may submit jobs: any may, unless API_KEYS lists those that may."""
+        """Return whether API_KEYS, if it is set, lists the api_key."""
         return not self._api_keys or any([key.matches(str(api_key)) for key in self._api_keys])
 
     def may_administer(self, request: Request) -> bool:
@@ -4338,7 +4338,7 @@ class Authenticator:
 
 
 def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
-    """Return username and password of a Basic Authorization header (RFC 7617), None if there is none."""
+    """Return username and password of Basic authentication (RFC 7617), if the request has any."""
     scheme, _, encoded = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":
         return None
@@ -4350,7 +4350,7 @@ def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
 
 
 def set_cookie(request: Request, name: str, value: str, path: str = "/") -> Tuple[str, str]:
-    """Return a Set-Cookie field (RFC 6265, section 4.1) for ``path`` and below; no value removes the cookie."""
+    """Return a Set-Cookie field (RFC 6265, section 4.1); no value removes the cookie."""
     same_site = "Lax" if path == "/" else "Strict"  # a session has to survive the way from a link on another site
     end = ("; Secure" if request.scheme == "https" else "") + ("" if value else "; Max-Age=0")
     return "Set-Cookie", f"{name}={value}; Path={path}; HttpOnly; SameSite={same_site}{end}"
@@ -4379,16 +4379,14 @@ def _reference(name: str) -> Schema:
     return {"$ref": "#/components/schemas/" + name}
 
 
-def _nullable(name: str) -> Schema:
-    return {"anyOf": [_reference(name), {"type": "null"}]}
-
-
 _ANY: Schema = {"description": "any JSON"}
 _FLAG: Schema = {"type": "boolean"}
 _TEXT: Schema = {"type": "string"}
 _TEXTS: Schema = {"type": "array", "items": _TEXT}
 _MAYBE_TEXT: Schema = {"type": ["string", "null"]}
 _WHOLE: Schema = {"type": "integer", "minimum": 0}
+_NULL: Schema = {"type": "null"}
+_PROGRESS: Schema = {"anyOf": [_reference("Progress"), _NULL]}
 _LINES: Schema = {"type": "array", "items": _reference("LogLine")}
 _TIME: Schema = {**_MAYBE_TEXT, "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}$", "description": "local time"}
 _URL: Schema = {**_MAYBE_TEXT, "description": "an http(s) URL: the finished job is POSTed there"}
@@ -4396,10 +4394,11 @@ _API_KEY: Schema = {"anyOf": [{**_TEXT, "minLength": 1}, {"type": "number"}], "d
                     "sent with the callback: as Authorization or, as `Name: value`, in a field of its own"}
 _JOB: Dict[str, Schema] = {
     "job_id": _TEXT, "job_type": _TEXT, "status": {"enum": [PENDING, COMPLETE, ERROR]}, "sent_data": _ANY,
-    "data": {"description": "what the function returned; bytes as {\"base64\": …}"}, "error": _nullable("JobError"),
-    "metadata": {"type": "object"}, "logs": _LINES, "result_url": _URL, "requested_timestamp": _TIME,
-    "started_timestamp": _TIME, "finished_timestamp": _TIME, "progress": _nullable("Progress"), "attempts": _WHOLE,
-    "callback": _nullable("Callback"), "resubmitted_from": _MAYBE_TEXT}
+    "data": {"description": "what the function returned; bytes as {\"base64\": …}"},
+    "error": {"anyOf": [_reference("JobError"), _NULL]}, "metadata": {"type": "object"}, "logs": _LINES,
+    "result_url": _URL, "requested_timestamp": _TIME, "started_timestamp": _TIME, "finished_timestamp": _TIME,
+    "progress": _PROGRESS, "attempts": _WHOLE, "callback": {"anyOf": [_reference("Callback"), _NULL]},
+    "resubmitted_from": _MAYBE_TEXT}
 SCHEMAS: Dict[str, Schema] = {
     "Error": _object("detail", error={**_TEXT, "description": "a sentence"}, detail=_TEXT),
     "Failure": _object(error={"anyOf": [_TEXT, _reference("JobError")]}),
@@ -4423,7 +4422,7 @@ SCHEMAS: Dict[str, Schema] = {
         metadata={"type": ["object", "null"]}, result_url=_URL), additionalProperties=False),
     "Report": dict(_object(
         execution={**_TEXT, "minLength": 1, "maxLength": 100}, first=_WHOLE, lines=_LINES,
-        progress=_nullable("Progress"), seconds={"type": "number", "minimum": 0}), additionalProperties=False),
+        progress=_PROGRESS, seconds={"type": "number", "minimum": 0}), additionalProperties=False),
     "Instruction": _object(cancelled=_FLAG),
     "NewKey": dict(_object("api_key", api_key=_API_KEY), additionalProperties=False),
     "Login": _object("next", username=_TEXT, password=_TEXT, next=_TEXT),
