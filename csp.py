@@ -4356,7 +4356,7 @@ def set_cookie(request: Request, name: str, value: str, path: str = "/") -> Tupl
     return "Set-Cookie", f"{name}={value}; Path={path}; HttpOnly; SameSite={same_site}{end}"
 
 
-def local_path(path: Optional[str], default: str = "/user") -> str:
+def local_path(path: Optional[str], default: str) -> str:
     """Return ``path`` if every browser takes it for a path of this service, else ``default``."""
     return path if path and re.fullmatch(r"/(?![/\\])[\x21-\x5b\x5d-\x7e]*", path) else default
 
@@ -4432,19 +4432,19 @@ _NUMBER: Schema = {**_WHOLE, "maximum": 2**63 - 1}
 _EVENT_ID: Schema = {**_TEXT, "pattern": "^[0-9]{0,18}$"}
 PARAMETERS: Dict[str, Tuple[Schema, str]] = {  # those that begin with a capital are header fields
     "_limit": (_NUMBER, f"how many, by default 100, at most {MAX_LISTED:,}"),
-    "_offset": ({**_NUMBER, "maximum": MAX_OFFSET}, "how many to skip; following the Link header is cheaper"),
+    "_offset": ({**_NUMBER, "maximum": MAX_OFFSET}, "how many to skip; the Link header is cheaper"),
     "_before": (_NUMBER, "from the Link header"),
     "_status": (_TEXT, "pending, complete or error; also queued or running"),
     "_type": (_TEXT, "a job type"),
-    "_id": (_TEXT, "only jobs whose id starts with this, ordered by id; other filters are ignored"),
+    "_id": (_TEXT, "only jobs whose id starts with this, by id, without other filters"),
     "metadata": ({"type": "object", "additionalProperties": _TEXT}, "all others: metadata keys and their values"),
     "limit": (_NUMBER, "at most so many log entries, newest first"),
     "days": ({**_WHOLE, "maximum": 36_500}, "jobs that finished more days ago"),
     "next": (_TEXT, "the path of this service to redirect to"),
     "last_event_id": (_EVENT_ID, "only events after this one"),
     "Last-Event-ID": (_EVENT_ID, "only events after this one"),
-    "Prefer": (_TEXT, "RFC 7240: wait=N answers when the job has finished, or after N seconds; respond-async queues "
-               "also a job of a synchronous type"),
+    "Prefer": (_TEXT, "RFC 7240: wait=N answers when the job has finished or after N seconds; respond-async queues also "
+               "what is synchronous"),
 }
 REFUSALS = (400, 401, 403, 404, 408, 409, 413, 414, 429, 431, 500, 503)
 
@@ -4468,7 +4468,7 @@ def describe_api(routes: Iterable[Route], job_types: Sequence[str], name: str) -
             "responses": {str(status): _answer(_REASONS[status], "Error") for status in REFUSALS},
             "securitySchemes": {
                 "key": {"type": "apiKey", "in": "header", "name": "Authorization", "description":
-                        "a job's key, the secure key or the token of a run, as the whole value"},
+                        "the whole value is a job's key, the secure key or a run's token"},
                 "basic": {"type": "http", "scheme": "basic", "description": "the administrator"},
                 "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIES["http"], "description":
                             f"the administrator, after a login; {SESSION_COOKIES['https']} behind TLS"}}}}

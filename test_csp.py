@@ -6652,9 +6652,9 @@ class TestAuth:
         times = {"admin": [], "nobody": []}
         for number in range(5):
             for username in times:
-                began = time.perf_counter()
+                began = time.thread_time()
                 assert not auth.is_login(username, "wrong", f"192.0.2.{number}")
-                times[username].append(time.perf_counter() - began)
+                times[username].append(time.thread_time() - began)
         assert 0.5 < min(times["admin"]) / min(times["nobody"]) < 2.0
 
     CALLERS = {  # what each sends, and as whom Route.access names it, if at all
