@@ -4080,7 +4080,7 @@ class Route(NamedTuple):
     ``access`` is checked before the endpoint is called: with JOB_KEY that gets the checked job (``columns`` of it),
     with RUN_TOKEN the run, else the job id if there is one. ``page`` answers browsers instead of ``endpoint``. The rest
     describes: ``answer`` names a schema or is a media type, ``body`` names a schema, ``parameters`` are of the query or
-    header fields, ``refusals`` are statuses.
+    header fields, ``refusals`` are statuses that do not follow from ``access``.
     """
 
     method: str
@@ -4443,8 +4443,8 @@ PARAMETERS: Dict[str, Tuple[Schema, str]] = {  # those that begin with a capital
     "next": (_TEXT, "the path of this service to redirect to"),
     "last_event_id": (_EVENT_ID, "only events after this one"),
     "Last-Event-ID": (_EVENT_ID, "only events after this one"),
-    "Prefer": (_TEXT, "RFC 7240: wait=N answers when the job has finished or after N seconds; respond-async queues also "
-               "what is synchronous"),
+    "Prefer": (_TEXT, "RFC 7240: wait=N answers when the job has finished or after N seconds; respond-async queues "
+               "synchronous jobs, too"),
 }
 REFUSALS = (400, 401, 403, 404, 408, 409, 413, 414, 429, 431, 500, 503)
 
@@ -4482,6 +4482,8 @@ def _describe(route: Route) -> Dict[str, Any]:
     if "<job_id>" in route.path:
         parameters.append({"name": "job_id", "in": "path", "required": True,
                            "schema": {**_TEXT, "minLength": 1, "maxLength": 255}})
+    refusals = {*route.refusals, *([] if route.access == ANYBODY else [403]),
+                *([404] if route.access == JOB_KEY else [])}
     answer = _answer("success", route.answer)
     if is_redirect:
         answer = {**_answer("redirect", "application/json"), "headers": {"Location": {"schema": _TEXT}}}
@@ -4490,7 +4492,7 @@ def _describe(route: Route) -> Dict[str, Any]:
         "description": " ".join((route.endpoint.__doc__ or "").split()), "parameters": parameters,
         "responses": {"302" if is_redirect else "200": answer, **{
             str(status): {"$ref": f"#/components/responses/{status}"} for status in REFUSALS
-            if status not in (401, 403, 404) or status in route.refusals or (status == 403 and not is_open)}}}
+            if status in refusals or status not in (401, 403, 404)}}}
     if route.answer == RAW_RESULT:  # its refusal is the job's own error, if it failed
         operation["responses"]["409"] = _answer(_REASONS[409], "Failure")
     if route.body:
