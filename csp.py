@@ -3940,8 +3940,7 @@ def _timeout_message(timeout_seconds: Optional[float]) -> str:
 # what there is at an address and who may use it.
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Who may use a route
-ANYBODY, LISTERS = "all", "all, or admin, secure key"
+ANYBODY, LISTERS = "all", "all, or admin, secure key"  # who may use a route
 JOB_KEY, ADMIN, RUN_TOKEN = "job key, admin, secure key", "admin, secure key", "token of the run"
 MAX_OFFSET = 10**9  # SQLite counts to 2^63, and skipping so much is not worth waiting for
 MAX_METADATA_FILTERS = 10
@@ -4484,9 +4483,8 @@ def _describe(route: Route) -> Dict[str, Any]:
                            "schema": {**_TEXT, "minLength": 1, "maxLength": 255}})
     refusals = {*route.refusals, *([] if route.access == ANYBODY else [403]),
                 *([404] if route.access == JOB_KEY else [])}
-    answer = _answer("success", route.answer)
-    if is_redirect:
-        answer = {**_answer("redirect", "application/json"), "headers": {"Location": {"schema": _TEXT}}}
+    answer = _answer("success", route.answer) if not is_redirect else {
+        **_answer("redirect", "application/json"), "headers": {"Location": {"schema": _TEXT}}}
     operation: Dict[str, Any] = {
         "summary": route.summary, "operationId": re.sub(r"\W+", "_", route.method.lower() + route.path).strip("_"),
         "description": " ".join((route.endpoint.__doc__ or "").split()), "parameters": parameters,
