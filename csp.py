@@ -71,7 +71,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing and its NamedTuple would take a twentieth of the start
     import ssl
     from multiprocessing.connection import Connection
-    from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+    from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
                         Optional, Sequence, Set, TextIO, Tuple, TypeVar, Union)
 
     T = TypeVar("T")
@@ -525,12 +525,9 @@ class Metric:
     def add(self, labels: Labels = (), value: float = 1.0) -> None:
         """Count one event; a histogram counts an observation of ``value`` seconds."""
         with self._lock:
-            counts = self._counts.get(labels)
-            if counts is None:
-                counts = self._counts[labels] = [0] * (len(self._buckets) + 1)
-                self._sums[labels] = 0.0
+            counts = self._counts.setdefault(labels, [0] * (len(self._buckets) + 1))
             counts[bisect.bisect_left(self._buckets, value) if self._buckets else 0] += 1
-            self._sums[labels] += value
+            self._sums[labels] = self._sums.get(labels, 0.0) + value
 
     def totals(self) -> List[Tuple[Labels, float]]:
         """Return the count for each set of labels."""
@@ -541,14 +538,13 @@ class Metric:
         """Return the metric in the text format."""
         if not self._buckets:
             return metric_lines(self.name, "counter", self._help, self.totals())
-        with self._lock:
-            rows = [(labels, list(counts), self._sums[labels]) for labels, counts in sorted(self._counts.items())]
         lines = metric_lines(self.name, "histogram", self._help, [])
-        for labels, counts, total in rows:
-            for bound, count in zip((*map(str, self._buckets), "+Inf"), itertools.accumulate(counts)):
-                lines.append(f"{self.name}_bucket{_label_text((*labels, ('le', bound)))} {count}")
-            lines.append(f"{self.name}_sum{_label_text(labels)} {total:.6f}")
-            lines.append(f"{self.name}_count{_label_text(labels)} {sum(counts)}")
+        with self._lock:
+            for labels, counts in sorted(self._counts.items()):
+                for bound, count in zip((*self._buckets, "+Inf"), itertools.accumulate(counts)):
+                    lines.append(f"{self.name}_bucket{_label_text((*labels, ('le', str(bound))))} {count}")
+                lines.append(f"{self.name}_sum{_label_text(labels)} {self._sums[labels]:.6f}")
+                lines.append(f"{self.name}_count{_label_text(labels)} {sum(counts)}")
         return lines
 
 
@@ -590,12 +586,8 @@ class Metrics:
 
 QUEUED, RUNNING, COMPLETE, ERROR = "queued", "running", "complete", "error"
 PENDING = "pending"
-TRANSITIONS: Dict[str, FrozenSet[str]] = {
-    QUEUED: frozenset((RUNNING, ERROR)),
-    RUNNING: frozenset((QUEUED, COMPLETE, ERROR)),
-    COMPLETE: frozenset(),
-    ERROR: frozenset(),
-}
+TRANSITIONS: Dict[str, Sequence[str]] = {
+    QUEUED: (RUNNING, ERROR), RUNNING: (QUEUED, COMPLETE, ERROR), COMPLETE: (), ERROR: ()}
 MAX_TIMEOUT_SECONDS = 10**9  # 30 years; the system cannot wait much longer (threading.TIMEOUT_MAX)
 MAX_ATTEMPTS = 3  # a job that kills the whole process must not do so forever
 LARGE_CHARACTERS = 2**20  # longer texts have a row of their own and are sent in pieces of this size
@@ -922,8 +914,8 @@ class Run:
         self.started_at = self.begun_at = time.monotonic()
         self.timeout_seconds = timeout_seconds
         self.peeked_at = 0.0  # monotonic: when somebody last took output
-        self.is_cancelled = False
-        self.is_ended = self.has_logged = False
+        self.may_wait = True  # for whoever takes its output, when it is far ahead of that
+        self.is_cancelled = self.is_ended = self.has_logged = False
         self.progress: Optional[str] = None
         self.handlers: List[StoringHandler] = []
         self.has_generated_id = re.fullmatch(_GENERATED_ID, job_id) is not None
@@ -932,15 +924,17 @@ class Run:
         self._condition = threading.Condition(threading.Lock())  # guards what follows
         self._lines: Deque[LogLine] = deque()
         self._characters = 0
-        self._max_characters: float = MAX_UNSTORED_CHARACTERS
-        self._is_progress_new = False
+        self._is_progress_new = self._is_begun = False
         self._announced = 0  # 1: progress, 2: log lines (and progress)
-        self._is_begun = False
 
     @property
     def deadline(self) -> Optional[float]:
         """When the attempt has taken too long (monotonic seconds), None if it may take any time."""
         return None if self.timeout_seconds is None else self.begun_at + self.timeout_seconds
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self._lines) or self._is_progress_new
 
     def begin(self) -> bool:
         """Return True to the first caller only: an executor may run what it has refused."""
@@ -975,15 +969,14 @@ class Run:
             self._lines.append(line)
             self._characters += len(line.message) + LINE_CHARACTERS
             must_announce, self._announced = self._announced < 2, 2
-            must_wait = self._characters > self._max_characters
         if must_announce:
             self._announce(self, True)
-        if must_wait:
+        if self._characters > MAX_UNSTORED_CHARACTERS:
             with self._condition:
-                self._condition.wait_for(lambda: self.is_ended or self._characters <= self._max_characters)
+                while self.may_wait and not self.is_ended and self._characters > MAX_UNSTORED_CHARACTERS:
+                    self._condition.wait(1.0)
 
     def set_progress(self, fraction: float, message: Optional[str]) -> None:
-        """Show ``fraction`` (0 to 1) and ``message`` as the job's progress."""
         text = to_json({"fraction": min(1.0, max(0.0, float(fraction))),
                         "message": None if message is None else clean(str(message))})
         with self._condition:
@@ -1009,16 +1002,6 @@ class Run:
                 self._characters -= len(line.message) + LINE_CHARACTERS
             if output.progress is self.progress:
                 self._is_progress_new = False
-            self._condition.notify_all()
-
-    @property
-    def has_output(self) -> bool:
-        return bool(self._lines) or self._is_progress_new
-
-    def limit_backlog(self, is_limited: bool) -> None:
-        """Let the job wait when it is far ahead of whoever takes its output, or never."""
-        with self._condition:
-            self._max_characters = MAX_UNSTORED_CHARACTERS if is_limited else float("inf")
             self._condition.notify_all()
 
     def _clean_loggers(self) -> None:
@@ -2845,7 +2828,7 @@ class Reporter:
     def begin(self, run: Run, must_ask: bool, reports_first: bool) -> Optional[Outcome]:
         """Report for ``run`` from now on. With ``must_ask`` the service has to agree first; return why it has not."""
         self._run = run
-        run.limit_backlog(self._url is not None)
+        run.may_wait = self._url is not None
         is_answered = not must_ask
         for _ in range(FIRST_REPORTS):
             if is_answered or self._url is None:
@@ -2899,7 +2882,7 @@ class Reporter:
         goes_on = self._post(body)
         with self._lock:
             self._failures = self._failures + 1 if goes_on is None else 0
-            self._run.limit_backlog(not self._failures)  # no job waits for a service that cannot be reached
+            self._run.may_wait = not self._failures  # no job waits for a service that cannot be reached
             if goes_on is False:
                 self._run.tell_to_stop()
             if goes_on is not None and not self._is_closed:
