@@ -353,10 +353,9 @@ SETTINGS = (
             "address to listen on; `0.0.0.0` or `::` for all", "--host"),
     Setting("PORT", _number(0, 65535), 8000, "port to listen on; 0 picks a free one", "--port"),
     Setting("USERNAME", str, "admin", "the administrator's name"),
-    Setting("PASSWORD", str, None, "the administrator's password, or its hash from `--hash-password`; "
-            "without it a new one is made and printed at each start"),
-    Setting("SECRET_KEY", str, None, "the secure key: sent as the whole `Authorization` header, it opens every job; "
-            "without it there is no secure key"),
+    Setting("PASSWORD", str, None, "the administrator's password, or its hash from `--hash-password`; without it one "
+            "is made and printed at each start"),
+    Setting("SECRET_KEY", str, None, "the secure key, which opens every job; without it there is none"),
     Setting("SQLALCHEMY_DATABASE_URI", _matching(r"(?!.*://).+|sqlite://(/.+)?", "has to be sqlite:///relative/path, "
             "sqlite:////absolute/path or sqlite://, because jobs are stored in SQLite and in nothing else"),
             "sqlite:///jobs.db", "the database: `sqlite:///relative`, `sqlite:////absolute`, `sqlite://` for memory, "
@@ -367,26 +366,20 @@ SETTINGS = (
             "thread", "what runs asynchronous jobs: `thread`; `process`, one for each job; or `MODULE:FACTORY`, a "
             "function that gets the settings and returns a `concurrent.futures.Executor`", "--executor"),
     Setting("URL", _matching(r"https?://[^/?#\s]+(?:/[^?#\s]*)?", "has to be an address such as http://10.0.0.5:8000/"),
-            None, "address at which workers on other machines reach the service; without it they use the address that "
-            "it listens on"),
+            None, "address at which workers on other machines reach the service; by default where it listens"),
     Setting("KEEP_JOBS_AGE", _number(0, 36_500), 10, "days that finished jobs are kept when old ones are cleared"),
     Setting("AUTO_CLEAR", _flag, False, "clear jobs older than KEEP_JOBS_AGE at the start and then daily"),
     Setting("MAX_PENDING", _number(1, 10**12), None, "unfinished jobs above which a submission is answered "
             "503; no limit by default, because CKAN never repeats a refused submission"),
-    Setting("GRACE_SECONDS", _number(0, 86_400, float), 30.0, "how long running jobs may take to end when the service "
-            "is stopped"),
-    Setting("MAX_BODY_BYTES", _number(1024, 2**31), 64 * 2**20, "largest request body; memory holds several copies of "
-            "a job's input"),
+    Setting("GRACE_SECONDS", _number(0, 86_400, float), 30.0, "how long jobs may go on when the service is stopped"),
+    Setting("MAX_BODY_BYTES", _number(1024, 2**31), 64 * 2**20, "largest request body; several copies are in memory"),
     Setting("MAX_URL_BYTES", _number(100, 2**20), 8192, "longest request line; RFC 9112 asks for at least 8,000"),
     Setting("MAX_HEADER_BYTES", _number(1000, 2**20), 65_536, "largest request head; browsers send a few kB"),
     Setting("MAX_HEADER_FIELDS", _number(10, 10_000), 100, "most header fields; browsers send about twenty"),
     Setting("HEADER_SECONDS", _number(1, 3600, float), 15.0, "how long a client may take to send a request's head"),
-    Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "how long a client may take to send a body; a large one may "
-            "take longer, see BODY_BYTES_PER_SECOND"),
-    Setting("BODY_BYTES_PER_SECOND", _number(1, 2**30), 16_384, "how fast a client has to send a large body, and to "
-            "read a large answer"),
-    Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading its answer; a large one "
-            "may take longer, see BODY_BYTES_PER_SECOND"),
+    Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "how long a client may take to send a small body"),
+    Setting("BODY_BYTES_PER_SECOND", _number(1, 2**30), 16_384, "how fast a client has to send or read a large one"),
+    Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading a small answer"),
     Setting("IDLE_SECONDS", _number(1, 3600, float), 60.0, "how long an unused connection is kept open"),
     Setting("MAX_WAIT_SECONDS", _number(0, 86_400), 55, "the longest `Prefer: wait`; most proxies give up after 60"),
     Setting("MAX_CONNECTIONS", _number(1, 100_000), 2500, "most connections; each has a thread. Above it a new "
@@ -395,8 +388,7 @@ SETTINGS = (
             "trusted proxy; half of all, so that one client cannot take them all"),
     Setting("SESSION_IDLE_SECONDS", _number(60, 10**9, float), 3600.0, "an unused login ends after this time"),
     Setting("SESSION_SECONDS", _number(60, 10**9, float), 43_200.0, "a login ends after this time, used or not"),
-    Setting("API_KEYS", _list_of(), (), "if set, only these api_keys may submit; each as it is or as its hash from "
-            "`--hash-password`"),
+    Setting("API_KEYS", _list_of(), (), "if set, only these may submit; each as it is or hashed by `--hash-password`"),
     Setting("CORS_ORIGINS",
             _list_of(_matching(r"https?://[^/?#\s]+", "has to list origins such as https://example.org")), (),
             "origins such as `https://example.org` whose pages may use the service from a browser; none by default"),
@@ -407,11 +399,9 @@ SETTINGS = (
     Setting("SSL_VERIFY", _flag, True, "verify the TLS certificates of callback receivers"),
     Setting("CALLBACK_HOSTS", _list_of(), (), "where callbacks may go: anywhere by default; `public` for all but "
             "private, loopback and link-local addresses; or host names, addresses and networks"),
-    Setting("CALLBACK_SECRET", _matching(f"(?!whsec_).+|whsec_(?=.){_BASE64}", "begins with whsec_, so base64 has to "
-            "follow"), None, "signs callbacks with the three headers of Standard Webhooks 1.0: `whsec_` and base64, or "
-            "any text"),
-    Setting("LOG_FILE", str, None, "log to this file, mode 0600; rotated at 64 MiB, five files are kept",
-            "--log-file"),
+    Setting("CALLBACK_SECRET", _matching(f"(?!whsec_).+|whsec_(?=.){_BASE64}", "begins with whsec_, so base64 follows"),
+            None, "signs callbacks as Standard Webhooks 1.0: `whsec_` and base64, or any text"),
+    Setting("LOG_FILE", str, None, "log to this file, mode 0600; rotated at 64 MiB, five are kept", "--log-file"),
     Setting("STDERR", _flag, True, "log to standard error"),
     Setting("ADMINS", _list_of(), (), "mail errors to these addresses, through the mail server on 127.0.0.1"),
     Setting("FROM_EMAIL", str, "csp@localhost", "sender of those mails"),
@@ -526,7 +516,7 @@ class Metric:
         """Count one event; a histogram counts an observation of ``value`` seconds."""
         with self._lock:
             counts = self._counts.setdefault(labels, [0] * (len(self._buckets) + 1))
-            counts[bisect.bisect_left(self._buckets, value) if self._buckets else 0] += 1
+            counts[bisect.bisect_left(self._buckets, value)] += 1
             self._sums[labels] = self._sums.get(labels, 0.0) + value
 
     def totals(self) -> List[Tuple[Labels, float]]:
