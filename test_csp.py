@@ -1300,16 +1300,16 @@ class TestJobs:
 
     # -- the registry
 
-    @pytest.mark.parametrize("options", [None, {}, {"timeout": 5}], ids=["plain", "called", "with options"])
     @pytest.mark.parametrize("spelling, is_synchronous", [
         ("synchronous", True), ("sync", True), ("asynchronous", False), ("async_", False), ("async", False)])
-    def test_every_spelling_registers_and_returns_the_function(self, spelling, is_synchronous, options):
-        function = named(f"function_{uuid.uuid4().hex}", lambda task_id, input: input)
+    def test_every_spelling_registers_and_returns_the_function(self, spelling, is_synchronous):
         decorate = getattr(importlib.import_module("csp.job"), spelling)
-        assert (decorate(function) if options is None else decorate(**options)(function)) is function
-        job_type = csp.registry.get(function.__name__)
-        assert (job_type.function, job_type.synchronous) == (function, is_synchronous)
-        assert job_type.timeout == (options or {}).get("timeout")
+        for options in (None, {}, {"timeout": 5}):
+            function = named(f"function_{uuid.uuid4().hex}", lambda task_id, input: input)
+            assert (decorate(function) if options is None else decorate(**options)(function)) is function
+            job_type = csp.registry.get(function.__name__)
+            assert (job_type.function, job_type.synchronous) == (function, is_synchronous)
+            assert job_type.timeout == (options or {}).get("timeout")
 
     def test_two_functions_of_one_name_are_an_error_that_names_both(self):
         def twin(task_id, input):
@@ -1467,7 +1467,7 @@ class TestRuns:
         assert messages(desk.run(work)) == ["first", "second"]
         eventually(lambda: set(logging.root.manager.loggerDict) - before <= {"parent"}, 5)
 
-    @pytest.mark.parametrize("job_id", ["e", "test_csp", "test_csp.shared", "csp", "root"])
+    @pytest.mark.parametrize("job_id", ["test_csp", "test_csp.shared", "root"])
     def test_an_id_that_a_client_chooses_removes_no_other_logger(self, desk, job_id):
         shared = logging.getLogger("test_csp.shared")
 
@@ -1564,7 +1564,7 @@ class TestRuns:
         assert message.startswith("it failed\nTraceback") and message.endswith("ValueError: deep inside")
 
     @pytest.mark.parametrize("job_type", ["now", "later"])
-    @pytest.mark.parametrize("count, width", [(1, 1), (99, 2), (100, 3), (101, 3), (3_000, 4), (150, 30_000)])
+    @pytest.mark.parametrize("count, width", [(1, 1), (101, 3), (3_000, 4), (150, 30_000)])
     def test_the_log_has_all_lines_in_order(self, desk, job_type, count, width):
         lines = [f"{number:{width}}" for number in range(count)]  # of the last case more than may be kept in memory
 
@@ -7935,8 +7935,7 @@ class TestMetrics:
     def test_every_metric_is_there_from_the_start_and_the_readme_names_it(self, client):
         _, types = read_metrics(client.get("/metrics").body.decode())
         assert types == self.NAMES
-        readme = README
-        assert [name for name in types if name.startswith("csp_") and f"`{name}`" not in readme] == []
+        assert [name for name in types if name.startswith("csp_") and f"`{name}`" not in README] == []
 
     def test_the_values_are_those_of_known_jobs(self, start, gate):
         service = start(gate.registry, WORKERS=2)
@@ -7987,10 +7986,7 @@ class TestMetrics:
         client.request("OPTIONS", "/status")
         client.post("/status")
         samples = metrics_of(client)
-        responses = {
-            tuple(sorted(dict(labels).values())): value for labels, value in samples["csp_responses_total"].items()
-        }
-        assert responses[tuple(sorted(("GET", "/job/<job_id>", "404")))] == 20
+        assert value_of(samples, "csp_responses_total", method="GET", route="/job/<job_id>", status="404") == 20
         assert value_of(samples, "csp_responses_total", method="", route="", status="404") == 40
         assert value_of(samples, "csp_responses_total", method="GET", route="/status", status="200") == 1
         routes = {(route.method, route.path) for route in csp.ROUTES} | {("", "")}
@@ -8008,11 +8004,9 @@ class TestMetrics:
 
             def counts():
                 samples = metrics_of(client)
-                return {
-                    name: value_of(samples, "csp_callback_attempts_total", result=name) for name in wanted
-                } == wanted
+                return {name: value_of(samples, "csp_callback_attempts_total", result=name) for name in wanted}
 
-            eventually(counts)
+            eventually(lambda: counts() == wanted)
         finally:
             for receiver in receivers.values():
                 receiver.stop()
@@ -8039,22 +8033,21 @@ class TestMetrics:
         gate.begun.get(timeout=PATIENCE_SECONDS)
         job = service.client.submit("wait")
         with opened(service.path) as connection:
-            connection.execute(
-                "UPDATE jobs SET run_at = ?, requested_timestamp = ? WHERE job_id = ?",
-                (run_at, csp.timestamp(time.time() - 500), job["job_id"]),
-            )
+            connection.execute("UPDATE jobs SET run_at = ?, requested_timestamp = ? WHERE job_id = ?",
+                               (run_at, csp.timestamp(time.time() - 500), job["job_id"]))
         waiting = value_of(metrics_of(service.client), "csp_jobs_longest_waiting_seconds")
         assert waiting == 0 if run_at == 1e10 else 499 <= waiting < 530
 
-    @pytest.mark.parametrize("name", ['a"b', "a\\", 'a\\"', "a\nb", "a\\nb", "a b{}=,", "\u00e4\u2028\x85"], ids=ascii)
-    def test_a_job_type_may_have_any_name(self, start, name):
-        registry = csp.Registry()
-        registry.asynchronous(lambda_named(name, lambda task_id, input: 1))
+    def test_a_job_type_may_have_any_name(self, start):
+        registry, names = csp.Registry(), ['a"b', "a\\", 'a\\"', "a\nb", "a\\nb", "a b{}=,", "\u00e4\u2028\x85"]
+        for name in names:
+            registry.asynchronous(lambda_named(name, lambda task_id, input: 1))
         client = start(registry).client
-        client.finish(client.submit(name))
-        samples = metrics_of(client)
-        assert value_of(samples, "csp_jobs", job_type=name, status="complete") == 1
-        assert value_of(samples, "csp_job_duration_seconds_count", job_type=name, status="complete") == 1
+        for name in names:
+            client.finish(client.submit(name))
+            samples = metrics_of(client)
+            assert value_of(samples, "csp_jobs", job_type=name, status="complete") == 1
+            assert value_of(samples, "csp_job_duration_seconds_count", job_type=name, status="complete") == 1
 
     def test_it_tells_no_secret(self, client):
         job = client.submit("async_echo", "its input", job_id="the-id", metadata={"a": "its metadata"})
@@ -8145,11 +8138,13 @@ def site():
 class TestExamples:
     """jobs_example.py."""
 
-    @pytest.fixture
-    def example(self, start):
+    @pytest.fixture(scope="class")
+    def example(self):
         """A client of a service with jobs_example."""
         importlib.import_module("jobs_example")
-        return start(csp.registry).client
+        service = RunningService(None, csp.registry)
+        yield service.client
+        service.stop()
 
     def test_checksum(self, example, site):
         url = site + "/plain"
