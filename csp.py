@@ -346,6 +346,7 @@ class Setting(NamedTuple):
     option: str = ""
 
 
+_match_address = _matching(r"https?://[^/?#\s]+(?:/[^?#\s]*)?", "has to be an address such as http://10.0.0.5:8000/")
 _BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
 SETTINGS = (
     Setting("NAME", str, "csp", "name of the service, shown by `/status`", "--name"),
@@ -365,8 +366,8 @@ SETTINGS = (
     Setting("EXECUTOR", _matching(r"thread|process|.+:[^\W\d]\w*", "has to be thread, process, or MODULE:FACTORY"),
             "thread", "what runs asynchronous jobs: `thread`; `process`, one for each job; or `MODULE:FACTORY`, a "
             "function that gets the settings and returns a `concurrent.futures.Executor`", "--executor"),
-    Setting("URL", _matching(r"https?://[^/?#\s]+(?:/[^?#\s]*)?", "has to be an address such as http://10.0.0.5:8000/"),
-            None, "address at which workers on other machines reach the service; by default where it listens"),
+    Setting("URL", lambda value: _match_address(value).rstrip("/") + "/", None, "address at which workers on other "
+            "machines reach the service; by default the one that it listens on"),
     Setting("KEEP_JOBS_AGE", _number(0, 36_500), 10, "days that finished jobs are kept when old ones are cleared"),
     Setting("AUTO_CLEAR", _flag, False, "clear jobs older than KEEP_JOBS_AGE at the start and then daily"),
     Setting("MAX_PENDING", _number(1, 10**12), None, "unfinished jobs above which a submission is answered "
@@ -829,6 +830,8 @@ class Registry:
         name = function.__name__
         known, job_type = self._types.get(name), JobType(name, function, **options)
         _check_job_type(job_type)
+        if job_type.memory_limit is not None:
+            job_type = job_type._replace(memory_limit=int(job_type.memory_limit))
         if known is not None and self.is_in_use and _place(known.function) != _place(function):
             raise ValueError(f"two job types are called {name}: {_place(known.function)} and {_place(function)}; "
                              "rename one")
@@ -880,7 +883,7 @@ registry = Registry()  # filled by the decorators of the module ``job``
 MAX_LOG_MESSAGE = 65_536  # characters; longer texts belong into the result
 MAX_UNSTORED_CHARACTERS = 2**21  # of its log: a job that is further ahead of the disk waits
 LINE_CHARACTERS = 100  # what a line costs beside its message
-_GENERATED_ID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # a client may choose any other, such as a library's name
+_GENERATED_ID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # others may be the names of a library's loggers
 
 
 class Output(NamedTuple):
@@ -904,7 +907,6 @@ class Run:
         self.started_at = self.begun_at = time.monotonic()
         self.timeout_seconds = timeout_seconds
         self.peeked_at = 0.0  # monotonic: when somebody last took output
-        self.may_wait = True  # for whoever takes its output, when it is far ahead of that
         self.is_cancelled = self.is_ended = self.has_logged = False
         self.progress: Optional[str] = None
         self.handlers: List[StoringHandler] = []
@@ -914,6 +916,7 @@ class Run:
         self._condition = threading.Condition(threading.Lock())  # guards what follows
         self._lines: Deque[LogLine] = deque()
         self._characters = 0
+        self._max_characters: float = MAX_UNSTORED_CHARACTERS
         self._is_progress_new = self._is_begun = False
         self._announced = 0  # 1: progress, 2: log lines (and progress)
 
@@ -961,10 +964,9 @@ class Run:
             must_announce, self._announced = self._announced < 2, 2
         if must_announce:
             self._announce(self, True)
-        if self._characters > MAX_UNSTORED_CHARACTERS:
+        if self._characters > self._max_characters:
             with self._condition:
-                while self.may_wait and not self.is_ended and self._characters > MAX_UNSTORED_CHARACTERS:
-                    self._condition.wait(1.0)
+                self._condition.wait_for(lambda: self.is_ended or self._characters <= self._max_characters)
 
     def set_progress(self, fraction: float, message: Optional[str]) -> None:
         text = to_json({"fraction": min(1.0, max(0.0, float(fraction))),
@@ -992,6 +994,12 @@ class Run:
                 self._characters -= len(line.message) + LINE_CHARACTERS
             if output.progress is self.progress:
                 self._is_progress_new = False
+            self._condition.notify_all()
+
+    def limit_backlog(self, is_limited: bool) -> None:
+        """Let the job wait when it is far ahead of whoever takes its output, or never."""
+        with self._condition:
+            self._max_characters = MAX_UNSTORED_CHARACTERS if is_limited else float("inf")
             self._condition.notify_all()
 
     def _clean_loggers(self) -> None:
@@ -1030,11 +1038,7 @@ def clean(text: str) -> str:
 
 
 def _loggers_named_by(job_id: str) -> Set[str]:
-    return {name for name in list(logging.root.manager.loggerDict) if _is_named_by(job_id, name)}
-
-
-def _is_named_by(job_id: str, logger_name: str) -> bool:
-    return f".{job_id}." in f".{logger_name}."
+    return {name for name in list(logging.root.manager.loggerDict) if f".{job_id}." in f".{name}."}
 
 
 class StoringHandler(logging.Handler):
@@ -1063,8 +1067,8 @@ class StoringHandler(logging.Handler):
         run, current = self.run, _current_run.get()
         if run is None or run.is_ended or record.name in (log.name, access_log.name):
             return
-        is_own_logger = run.has_generated_id and _is_named_by(run.job_id, record.name)
-        if current is not run and (current is not None or not is_own_logger):
+        is_from_own_thread = current is None and run.has_generated_id and run.job_id in record.name
+        if current is not run and not is_from_own_thread:
             return
         try:
             is_plain = not (self.formatter or record.exc_info or record.exc_text or record.stack_info)
@@ -2818,7 +2822,7 @@ class Reporter:
     def begin(self, run: Run, must_ask: bool, reports_first: bool) -> Optional[Outcome]:
         """Report for ``run`` from now on. With ``must_ask`` the service has to agree first; return why it has not."""
         self._run = run
-        run.may_wait = self._url is not None
+        run.limit_backlog(self._url is not None)
         is_answered = not must_ask
         for _ in range(FIRST_REPORTS):
             if is_answered or self._url is None:
@@ -2872,7 +2876,7 @@ class Reporter:
         goes_on = self._post(body)
         with self._lock:
             self._failures = self._failures + 1 if goes_on is None else 0
-            self._run.may_wait = not self._failures  # no job waits for a service that cannot be reached
+            self._run.limit_backlog(not self._failures)  # no job waits for a service that cannot be reached
             if goes_on is False:
                 self._run.tell_to_stop()
             if goes_on is not None and not self._is_closed:
@@ -2913,7 +2917,7 @@ def run_task(text: str, environment: Mapping[str, Any]) -> str:
         if task["memory_limit"] is not None:
             import resource
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            wanted = int(task["memory_limit"])
+            wanted = task["memory_limit"]
             resource.setrlimit(resource.RLIMIT_DATA, (
                 wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
         enter_environment(environment)
@@ -3220,7 +3224,7 @@ class Engine:
         if not self._is_url_known.wait(ADDRESS_SECONDS):
             self.reachable_at(None)
         run.at_most_once, run.asks_first = job_type.at_most_once, job_type.at_most_once and not self._is_here
-        url = f"{self._url.rstrip('/')}/job/{urllib.parse.quote(job.job_id, safe='')}/report" if self._url else None
+        url = f"{self._url}job/{urllib.parse.quote(job.job_id, safe='')}/report" if self._url else None
         task = to_json({
             "job_id": job.job_id, "attempt": job.attempts, "function": locate(job_type.function),
             "input": job.read_input(), "streams": job_type.synchronous, "url": url, "token": run.token,
