@@ -848,12 +848,9 @@ def _check_job_type(job_type: JobType) -> None:
         raise ValueError(f"{name}: timeout has to be above 0 and at most {MAX_TIMEOUT_SECONDS:,}, retries not below 0")
     if memory_limit is not None and not 0 < memory_limit < 2**63:
         raise ValueError(f"{name}: memory_limit has to be a number of bytes")
-    if isinstance(function, types.FunctionType):  # what else is callable cannot be looked into
-        code, defaults = function.__code__, len(function.__defaults__ or ())
-        if code.co_flags & (0x20 | 0x80 | 0x200):  # inspect.CO_GENERATOR, CO_COROUTINE and CO_ASYNC_GENERATOR
-            raise TypeError(f"{name}: a job has to be a plain function, neither async nor a generator")
-        if not code.co_flags & 0x04 and not code.co_argcount - defaults <= 2 <= code.co_argcount:  # CO_VARARGS
-            raise TypeError(f"{name}: a job takes two arguments, its id and the submitted object")
+    flags = function.__code__.co_flags if isinstance(function, types.FunctionType) else 0
+    if flags & (0x20 | 0x80 | 0x200):  # inspect.CO_GENERATOR, CO_COROUTINE and CO_ASYNC_GENERATOR
+        raise TypeError(f"{name}: a job has to be a plain function, neither async nor a generator")
 
 
 def _place(function: Callable[..., Any]) -> str:
@@ -1075,9 +1072,9 @@ class StoringHandler(logging.Handler):
             message = record.getMessage() if is_plain else self.format(record)
         except Exception as error:  # noqa: BLE001 - a job's bad log call is no reason to fail the job
             message = f"{record.msg if isinstance(record.msg, str) else ''} ({type(error).__name__} in logging)"
+        lineno = record.lineno if isinstance(record.lineno, int) and 0 <= record.lineno < 2**31 else 0
         run.add_line(LogLine(timestamp(record.created), clean(message), clean(str(record.levelname)),
-                             clean(str(record.module)), clean(str(record.funcName)),
-                             record.lineno if isinstance(record.lineno, int) else 0))
+                             clean(str(record.module)), clean(str(record.funcName)), lineno))
 
 
 def set_progress(task_id: str, fraction: float, message: Optional[str] = None) -> None:

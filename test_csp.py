@@ -1357,11 +1357,6 @@ class TestJobs:
         for function in (coroutine, generator, named("parts", lambda task_id, input: (yield 1))):
             with pytest.raises(TypeError, match=f"{function.__name__}.* plain function"):
                 registry.asynchronous(function)
-        for function in (lambda: 1, lambda input: 1, lambda a, b, c: 1):
-            with pytest.raises(TypeError, match="takes two arguments"):
-                registry.asynchronous(function)
-        for function in (lambda a, b, c=1: 1, lambda *all: 1, lambda a, *rest: 1, lambda a=1, b=2: 1):
-            csp.Registry().synchronous(function)
 
     # -- what a job looks like
 
@@ -6527,7 +6522,7 @@ REFUSALS = [  # body or raw text, headers, sentence
     ),
     ('{"job_type": "echo", "job_type": "x"}', {}, "Malformed json: an object has the same key twice"),
     ('{"job_type": "echo", "api_key": "k", "data": "\\ud800"}', {}, "Malformed json"),
-    ('{"data": ' + "[" * 100_000 + "}", {}, "Malformed json: brackets do not match or nest deeper than 100"),
+    ('{"data": ' + "[" * 100_000 + "}", {}, "Malformed json: nested deeper than 100"),
 ]
 
 
