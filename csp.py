@@ -475,19 +475,22 @@ class Config(Values):
     __repr__ = object.__repr__  # shows no secrets
 
     def __init__(self) -> None:
-        self.is_fixed = False  # by the command line, whose settings web.init() in a job module must not replace
+        self._is_fixed = False  # by the command line, whose settings web.init() in a job module must not replace
 
     @functools.cached_property
     def settings(self) -> Settings:
+        """The settings in use."""
         return load_settings()
 
     @property
     def data(self) -> Dict[str, Any]:  # type: ignore[override]
         return self.settings.data
 
-    def load(self) -> None:
-        if not self.is_fixed:
-            self.settings = load_settings()
+    def load(self, settings: Optional[Settings] = None) -> None:
+        """Use ``settings`` from now on, or load those of file and environment unless such settings were given."""
+        if settings is not None or not self._is_fixed:
+            self._is_fixed = settings is not None
+            self.settings = load_settings() if settings is None else settings
 
 
 config = Config()  # of this process
@@ -860,10 +863,9 @@ def _place(function: Callable[..., Any]) -> str:
 
 
 def make_ids() -> Tuple[str, str]:
-    """Return a new job's id, a random UUID (RFC 9562, version 4), and its key: 122 and 128 random bits."""
+    """Return a new job's id, a random UUID (RFC 9562, version 4), and its key: 120 and 128 random bits."""
     digits = os.urandom(32).hex()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}", digits[32:]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:32]}", digits[32:]
 
 
 registry = Registry()  # filled by the decorators of the module ``job``
@@ -2772,7 +2774,7 @@ def enter_environment(environment: Mapping[str, Any]) -> None:
             become(alias)
         registry.is_in_use = False
         _end_with_parent()
-        config.settings = Settings(environment["settings"])
+        config.load(Settings(environment["settings"]))
 
 
 @functools.lru_cache(maxsize=None)  # once in a process
@@ -6864,7 +6866,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             return _make_hash()
         overrides = {row.name: getattr(options, row.name) for row in SETTINGS
                      if row.option and getattr(options, row.name) is not None}
-        config.settings, config.is_fixed = load_settings(options.config, None, overrides), True
+        config.load(load_settings(options.config, None, overrides))
         sys.path.insert(0, os.getcwd())
         for name in options.jobs:
             load_module(name)

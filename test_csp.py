@@ -8481,7 +8481,7 @@ class TestWsgi:
         other = csp.Store(str(path))
         application = csp.Application()
         application.config = csp.Config()
-        application.config.settings = csp.Settings({**SETTINGS, "SQLALCHEMY_DATABASE_URI": f"sqlite:///{path}"})
+        application.config.load(csp.Settings({**SETTINGS, "SQLALCHEMY_DATABASE_URI": f"sqlite:///{path}"}))
         monkeypatch.setattr(csp, "configure_logging", lambda settings: None)
         errors = []
         monkeypatch.setattr(csp.log, "error", lambda *arguments: errors.append(arguments))
