@@ -113,10 +113,7 @@ access_log = logging.getLogger("csp.access")
 # ---------------------------------------------------------------------------------------------------------------------
 
 class CspError(Exception):
-    """A refused request: an HTTP ``status`` and a ``message``, which is a sentence for the client.
-
-    Only refusals that somebody catches by class have a subclass.
-    """
+    """A refused request: an HTTP ``status`` and a ``message``, which is a sentence for the client."""
 
     def __init__(self, status: int, message: str, headers: Sequence[Tuple[str, str]] = (),
                  detail: Optional[str] = None) -> None:
@@ -802,8 +799,7 @@ class Registry:
     def synchronous(self, function: Optional[Function] = None, *, timeout: Optional[float] = None) -> Any:
         """Register a function whose submission is answered when it has returned.
 
-        Option: ``timeout`` (seconds). Raises TypeError or ValueError for wrong options, or a second function of
-        that name.
+        ``timeout`` in seconds. Raises TypeError or ValueError for a wrong option or a second function of the name.
         """
         return self._register(function, synchronous=True, timeout=timeout)
 
@@ -811,10 +807,10 @@ class Registry:
                      at_most_once: bool = False, memory_limit: Optional[float] = None) -> Any:
         """Register a function whose jobs are queued.
 
-        Options: ``timeout`` (seconds); ``retries``, how often an attempt that raised anything but JobError is repeated;
+        ``timeout`` in seconds; ``retries``: how often an attempt that raised anything but JobError is repeated;
         ``at_most_once``: a job that was running when the process died ends as an error instead of running again;
-        ``memory_limit`` (bytes): the limit of the job's process, where it has its own (RLIMIT_DATA). Raises TypeError
-        or ValueError for wrong options or a second function of the name.
+        ``memory_limit`` in bytes, of the job's process, where it has its own (RLIMIT_DATA). Raises TypeError or
+        ValueError for a wrong option or a second function of the name.
         """
         return self._register(function, synchronous=False, timeout=timeout, retries=retries, at_most_once=at_most_once,
                               memory_limit=memory_limit)
@@ -895,9 +891,8 @@ class Output(NamedTuple):
 class Run:
     """One attempt at one job: its log, its progress, and whether it was told to stop.
 
-    Any thread may call the methods. One lock guards output, beginning and end; the other fields are only ever set as a
-    whole. ``announce(run, is_log)`` is called, without the lock, when there is output, and not again before somebody
-    has peeked at it.
+    Any thread may call the methods. ``announce(run, is_log)`` is called, without the lock, when there is output, and
+    not again before somebody has peeked at it.
     """
 
     def __init__(self, job_id: str, seq: int, attempt: int, announce: Callable[[Run, bool], None],
@@ -912,7 +907,7 @@ class Run:
         self.has_generated_id = re.fullmatch(_GENERATED_ID, job_id) is not None
         self._old_loggers = set() if self.has_generated_id else _loggers_named_by(job_id)
         self._announce = announce
-        self._condition = threading.Condition(threading.Lock())  # guards what follows
+        self._condition = threading.Condition(threading.Lock())  # guards what follows, and how it begins and ends
         self._lines: Deque[LogLine] = deque()
         self._characters = 0
         self._max_characters: float = MAX_UNSTORED_CHARACTERS
@@ -1043,8 +1038,8 @@ def _loggers_named_by(job_id: str) -> Set[str]:
 class StoringHandler(logging.Handler):
     """A logging handler that writes to the log of the job ``task_id``; the service removes it when the job ends.
 
-    Each handler takes only what its own job logs, also on a logger that several jobs share. A record from a thread
-    that a job has started itself is taken only on a logger named by the job's id: elsewhere it may be another job's.
+    It takes only what its own job logs, also on a logger that several jobs share. A record from a thread that a job
+    has started itself is taken only on a logger named by the job's id: elsewhere it may be another job's.
     """
 
     def __init__(self, task_id: str, input: Any) -> None:
