@@ -26,9 +26,7 @@ Read the file from top to bottom. Each part uses only the parts above it:
 
 from __future__ import annotations
 
-# Modules that few starts need and that load much are imported by the functions that use them: csv, getpass, hashlib,
-# hmac, importlib.util, inspect, logging.handlers, multiprocessing, pickle, shlex, smtplib, ssl, subprocess and
-# urllib.request.
+# Modules that few starts need and that load much are imported by the functions that use them.
 import argparse
 import atexit
 import base64
@@ -62,32 +60,28 @@ import traceback
 import types
 import urllib.parse
 import weakref
-from collections import deque, namedtuple
+from collections import UserDict, deque, namedtuple
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, contextmanager, suppress
+from _operator import _compare_digest as compare_digest  # hmac's, without the 3.6 MB of OpenSSL that hmac loads
 from http.server import ThreadingHTTPServer
-
-try:  # hmac.compare_digest, without the 3.6 MB of OpenSSL that hmac loads
-    from _operator import _compare_digest as compare_digest
-except ImportError:
-    from hmac import compare_digest  # type: ignore[no-redef]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing and its NamedTuple would take a twentieth of the start
     import ssl
     from multiprocessing.connection import Connection
-    from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+    from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
                         Optional, Sequence, Set, TextIO, Tuple, TypeVar, Union)
 
     T = TypeVar("T")
     Function = TypeVar("Function", bound=Callable[..., Any])
-    Values = Mapping[str, Any]
+    Values = UserDict[str, Any]
     Labels = Tuple[Tuple[str, str], ...]
     Schema = Dict[str, Any]
     Location = Dict[str, Optional[str]]  # of a function: its module, file and name
 else:
-    Values = collections.abc.Mapping
+    Values = UserDict
 
     class _NamedTupleType(type):
         """Makes of a class what typing.NamedTuple makes of it, without a look at its annotations."""
@@ -109,7 +103,6 @@ __all__ = [
 
 log = logging.getLogger("csp")
 access_log = logging.getLogger("csp.access")
-_OWN_LOGGERS = frozenset((log.name, access_log.name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,10 +113,7 @@ _OWN_LOGGERS = frozenset((log.name, access_log.name))
 # ---------------------------------------------------------------------------------------------------------------------
 
 class CspError(Exception):
-    """A refused request: an HTTP ``status`` and a ``message``, which is a sentence for the client.
-
-    Only refusals that somebody catches by class have a subclass.
-    """
+    """A refused request: an HTTP ``status`` and a ``message``, which is a sentence for the client."""
 
     def __init__(self, status: int, message: str, headers: Sequence[Tuple[str, str]] = (),
                  detail: Optional[str] = None) -> None:
@@ -198,8 +188,8 @@ class JobCancelled(BaseException):
 
 MAX_JSON_DEPTH = 100  # real submissions nest less than ten deep; Python's recursion limit is 1,000
 _JSON_STRING = rb'"[^"]*(?:"|\Z)'  # in a text without escapes
-_TOO_DEEP = rb"[\[{]{%d}" % (MAX_JSON_DEPTH + 1)
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _SURROGATE_ESCAPE = r"\\u[dD][89a-fA-F]"
 _quote = json.encoder.encode_basestring  # a string as JSON text, many times faster than an encoder
 _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(", ", ": ")).encode
@@ -207,15 +197,12 @@ _encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=
 
 def to_json(value: Any) -> str:
     """Return ``value`` as JSON text that UTF-8 can encode; else raise ValueError, TypeError or RecursionError."""
+    if value is None:
+        return "null"
     text = _quote(value) if type(value) is str else _encode_json(value)
     if not text.isascii():
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, a ValueError
     return text
-
-
-def text_to_json(text: Optional[str]) -> str:
-    """Return the JSON text of None or of a string without lone surrogates."""
-    return "null" if text is None else _quote(text)
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -233,29 +220,21 @@ _decode_json = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_cons
 
 
 def _check_depth(body: bytes) -> None:
-    """Raise ValueError if ``body`` nests deeper than MAX_JSON_DEPTH: remove the innermost pairs, one level at a time.
-
-    One pattern for strings with escapes would backtrack and need fifty times the memory of the text.
-    """
+    """Raise ValueError if the JSON text ``body`` nests deeper than MAX_JSON_DEPTH."""
     if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
         return
+    # first the escapes: one pattern for strings with them would backtrack and need fifty times the memory of the text
     without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = re.sub(_JSON_STRING, b"", without_escapes).translate(None, _NOT_BRACKETS)
-    if not re.search(_TOO_DEEP, brackets):
-        for _ in range(MAX_JSON_DEPTH):
-            brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    if brackets:
-        raise ValueError(f"brackets do not match or nest deeper than {MAX_JSON_DEPTH}")
+    if max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_JSON_DEPTH:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
 
 
 def from_json(body: bytes) -> Any:
     """Return the value of the JSON text ``body``; raise ValueError if it breaks RFC 8259 or a limit of this service."""
     _check_depth(body)
     text = body.decode("utf-8")
-    try:
-        value = _decode_json(text)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    value = _decode_json(text)
     if re.search(_SURROGATE_ESCAPE, text):
         to_json(value)  # raises for a lone surrogate
     return value
@@ -285,11 +264,11 @@ def jitter(most: float) -> float:
 def timestamp(instant: float) -> str:
     """Return an instant (epoch seconds) as naive local time, ``%Y-%m-%dT%H:%M:%S.%f`` (always six digits)."""
     whole, micros = divmod(round(instant * 1_000_000), 1_000_000)
-    return "%s.%06d" % (_local_second(whole, time.tzname), micros)
+    return "%s.%06d" % (_local_second(whole), micros)
 
 
-@functools.lru_cache(maxsize=16)
-def _local_second(whole: int, zone: Tuple[str, str]) -> str:
+@functools.lru_cache(maxsize=16)  # a line of a job's log costs a tenth less
+def _local_second(whole: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(whole))
 
 
@@ -317,10 +296,6 @@ def _matching(pattern: str, message: str) -> Callable[[Any], Any]:
     return parse
 
 
-def _optional(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda value: None if value is None or value == "" else parse(value)
-
-
 def _flag(value: Any) -> bool:
     word = str(value).strip().lower()
     if word in ("1", "true", "yes", "on"):
@@ -342,61 +317,24 @@ def _number(minimum: float, maximum: float, kind: Callable[[Any], Any] = int) ->
     return parse
 
 
-def _words(value: Any) -> Tuple[str, ...]:
-    items = value.split(",") if isinstance(value, str) else () if value is None else value
-    if not isinstance(items, (list, tuple, set, frozenset)):
-        raise ValueError("has to be a list, or words separated by commas")
-    return tuple(str(item).strip() for item in items if str(item).strip())
-
-
-def _networks(value: Any) -> Tuple[str, ...]:
-    words = _words(value)
-    for word in words:
-        ipaddress.ip_network(word, strict=False)
-    return words
-
-
-def _origins(value: Any) -> Tuple[str, ...]:
-    words = _words(value)
-    for word in words:
-        if not re.fullmatch(r"https?://[^/?#\s]+", word):
-            raise ValueError(f"has to list origins such as https://example.org, not {word}")
-    return words
-
-
-def _webhook_secret(value: Any) -> str:
-    text = str(value)
-    with suppress(ValueError):
-        if not text.startswith("whsec_") or base64.b64decode(text[6:], validate=True):
-            return text
-    raise ValueError("begins with whsec_, so base64 has to follow")
+def _list_of(parse: Callable[[str], Any] = str) -> Callable[[Any], Any]:
+    def parse_list(value: Any) -> Tuple[str, ...]:
+        items = value.split(",") if isinstance(value, str) else () if value is None else value
+        if not isinstance(items, (list, tuple, set, frozenset)):
+            raise ValueError("has to be a list, or words separated by commas")
+        return tuple(parse(str(item).strip()) for item in items if str(item).strip())
+    return parse_list
 
 
 def database_path(uri: str) -> Optional[str]:
-    """Return the file of a database URI or plain path, None for a database in memory; raise ValueError for others."""
+    """Return the file of a database URI or plain path, None for a database in memory."""
     if uri in ("sqlite://", "sqlite:///:memory:", ":memory:"):
         return None
-    if "://" not in uri and uri:
-        return uri
-    if not uri.startswith("sqlite:///") or uri == "sqlite:///":
-        raise ValueError("has to be sqlite:///relative/path, sqlite:////absolute/path or sqlite://, "
-                         "because jobs are stored in SQLite and in nothing else")
-    return uri[len("sqlite:///"):]
-
-
-def _database(value: Any) -> str:
-    database_path(str(value))
-    return str(value)
-
-
-def _service_url(value: Any) -> str:
-    if not re.fullmatch(r"https?://[^/?#\s]+(?:/[^?#\s]*)?", str(value)):
-        raise ValueError("has to be an address such as http://10.0.0.5:8000/")
-    return str(value).rstrip("/") + "/"
+    return uri[len("sqlite:///"):] if uri.startswith("sqlite:///") else uri
 
 
 class Setting(NamedTuple):
-    """A row of the settings table."""
+    """A row of the settings table. A setting whose default is None may be left empty."""
 
     name: str
     parse: Callable[[Any], Any]
@@ -405,43 +343,41 @@ class Setting(NamedTuple):
     option: str = ""
 
 
+_match_address = _matching(r"https?://[^/?#\s]+(?:/[^?#\s]*)?", "has to be an address such as http://10.0.0.5:8000/")
+_BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
 SETTINGS = (
     Setting("NAME", str, "csp", "name of the service, shown by `/status`", "--name"),
     Setting("HOST", _matching(".+", "has to be an address; 0.0.0.0 or :: for all"), "127.0.0.1",
             "address to listen on; `0.0.0.0` or `::` for all", "--host"),
     Setting("PORT", _number(0, 65535), 8000, "port to listen on; 0 picks a free one", "--port"),
     Setting("USERNAME", str, "admin", "the administrator's name"),
-    Setting("PASSWORD", _optional(str), None, "the administrator's password, or its hash from `--hash-password`; "
-            "without it a new one is made and printed at each start"),
-    Setting("SECRET_KEY", _optional(str), None, "the secure key: sent as the whole `Authorization` header, it opens "
-            "every job; without it there is no secure key"),
-    Setting("SQLALCHEMY_DATABASE_URI", _database, "sqlite:///jobs.db", "the database: `sqlite:///relative`, "
-            "`sqlite:////absolute`, `sqlite://` for memory, or a path; the variable DATABASE_URL is read too", "--db"),
+    Setting("PASSWORD", str, None, "the administrator's password, or its hash from `--hash-password`; without it one "
+            "is made and printed at each start"),
+    Setting("SECRET_KEY", str, None, "the secure key, which opens every job; without it there is none"),
+    Setting("SQLALCHEMY_DATABASE_URI", _matching(r"(?!.*://).+|sqlite://(/.+)?", "has to be sqlite:///relative/path, "
+            "sqlite:////absolute/path or sqlite://, because jobs are stored in SQLite and in nothing else"),
+            "sqlite:///jobs.db", "the database: `sqlite:///relative`, `sqlite:////absolute`, `sqlite://` for memory, "
+            "or a path; the variable DATABASE_URL is read too", "--db"),
     Setting("WORKERS", _number(1, 10_000), 16, "asynchronous jobs that run at the same time; more than there are "
             "cores, because jobs mostly wait for the network, but each may hold a file in memory", "--workers"),
     Setting("EXECUTOR", _matching(r"thread|process|.+:[^\W\d]\w*", "has to be thread, process, or MODULE:FACTORY"),
             "thread", "what runs asynchronous jobs: `thread`; `process`, one for each job; or `MODULE:FACTORY`, a "
             "function that gets the settings and returns a `concurrent.futures.Executor`", "--executor"),
-    Setting("URL", _optional(_service_url), None, "address at which workers on other machines reach the service; "
-            "without it they use the address that it listens on"),
+    Setting("URL", lambda value: _match_address(value).rstrip("/") + "/", None, "address at which workers on other "
+            "machines reach the service; by default the one that it listens on"),
     Setting("KEEP_JOBS_AGE", _number(0, 36_500), 10, "days that finished jobs are kept when old ones are cleared"),
     Setting("AUTO_CLEAR", _flag, False, "clear jobs older than KEEP_JOBS_AGE at the start and then daily"),
-    Setting("MAX_PENDING", _optional(_number(1, 10**12)), None, "unfinished jobs above which a submission is answered "
+    Setting("MAX_PENDING", _number(1, 10**12), None, "unfinished jobs above which a submission is answered "
             "503; no limit by default, because CKAN never repeats a refused submission"),
-    Setting("GRACE_SECONDS", _number(0, 86_400, float), 30.0, "how long running jobs may take to end when the service "
-            "is stopped"),
-    Setting("MAX_BODY_BYTES", _number(1024, 2**31), 64 * 2**20, "largest request body; memory holds several copies of "
-            "a job's input"),
+    Setting("GRACE_SECONDS", _number(0, 86_400, float), 30.0, "how long jobs may go on when the service is stopped"),
+    Setting("MAX_BODY_BYTES", _number(1024, 2**31), 64 * 2**20, "largest request body; several copies are in memory"),
     Setting("MAX_URL_BYTES", _number(100, 2**20), 8192, "longest request line; RFC 9112 asks for at least 8,000"),
     Setting("MAX_HEADER_BYTES", _number(1000, 2**20), 65_536, "largest request head; browsers send a few kB"),
     Setting("MAX_HEADER_FIELDS", _number(10, 10_000), 100, "most header fields; browsers send about twenty"),
     Setting("HEADER_SECONDS", _number(1, 3600, float), 15.0, "how long a client may take to send a request's head"),
-    Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "how long a client may take to send a body; a large one may "
-            "take longer, see BODY_BYTES_PER_SECOND"),
-    Setting("BODY_BYTES_PER_SECOND", _number(1, 2**30), 16_384, "how fast a client has to send a large body, and to "
-            "read a large answer"),
-    Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading its answer; a large one "
-            "may take longer, see BODY_BYTES_PER_SECOND"),
+    Setting("BODY_SECONDS", _number(1, 3600, float), 30.0, "how long a client may take to send a small body"),
+    Setting("BODY_BYTES_PER_SECOND", _number(1, 2**30), 16_384, "how fast a client has to send or read a large one"),
+    Setting("SEND_SECONDS", _number(1, 3600, float), 60.0, "how long a client may stop reading a small answer"),
     Setting("IDLE_SECONDS", _number(1, 3600, float), 60.0, "how long an unused connection is kept open"),
     Setting("MAX_WAIT_SECONDS", _number(0, 86_400), 55, "the longest `Prefer: wait`; most proxies give up after 60"),
     Setting("MAX_CONNECTIONS", _number(1, 100_000), 2500, "most connections; each has a thread. Above it a new "
@@ -450,48 +386,43 @@ SETTINGS = (
             "trusted proxy; half of all, so that one client cannot take them all"),
     Setting("SESSION_IDLE_SECONDS", _number(60, 10**9, float), 3600.0, "an unused login ends after this time"),
     Setting("SESSION_SECONDS", _number(60, 10**9, float), 43_200.0, "a login ends after this time, used or not"),
-    Setting("API_KEYS", _words, (), "if set, only these api_keys may submit; each as it is or as its hash from "
-            "`--hash-password`"),
-    Setting("CORS_ORIGINS", _origins, (), "origins such as `https://example.org` whose pages may use the service "
-            "from a browser; none by default"),
+    Setting("API_KEYS", _list_of(), (), "if set, only these may submit; each as it is or hashed by `--hash-password`"),
+    Setting("CORS_ORIGINS",
+            _list_of(_matching(r"https?://[^/?#\s]+", "has to list origins such as https://example.org")), (),
+            "origins such as `https://example.org` whose pages may use the service from a browser; none by default"),
     Setting("PUBLIC_JOB_LIST", _flag, True, "anybody may list job ids (`GET /job`); off: administrators only"),
-    Setting("TRUSTED_PROXIES", _networks, (), "addresses or networks of reverse proxies whose `X-Forwarded-For`, "
-            "`X-Forwarded-Proto` and `X-Forwarded-Host` are believed"),
+    Setting("TRUSTED_PROXIES", _list_of(lambda word: str(ipaddress.ip_network(word, strict=False))), (),
+            "addresses or networks of reverse proxies whose `X-Forwarded-For`, `X-Forwarded-Proto` and "
+            "`X-Forwarded-Host` are believed"),
     Setting("SSL_VERIFY", _flag, True, "verify the TLS certificates of callback receivers"),
-    Setting("CALLBACK_HOSTS", _words, (), "where callbacks may go: anywhere by default; `public` for all but private, "
-            "loopback and link-local addresses; or host names, addresses and networks"),
-    Setting("CALLBACK_SECRET", _optional(_webhook_secret), None, "signs callbacks with the three headers of Standard "
-            "Webhooks 1.0: `whsec_` and base64, or any text"),
-    Setting("LOG_FILE", _optional(str), None, "log to this file, mode 0600; rotated at 64 MiB, five files are kept",
-            "--log-file"),
+    Setting("CALLBACK_HOSTS", _list_of(), (), "where callbacks may go: anywhere by default; `public` for all but "
+            "private, loopback and link-local addresses; or host names, addresses and networks"),
+    Setting("CALLBACK_SECRET", _matching(f"(?!whsec_).+|whsec_(?=.){_BASE64}", "begins with whsec_, so base64 follows"),
+            None, "signs callbacks as Standard Webhooks 1.0: `whsec_` and base64, or any text"),
+    Setting("LOG_FILE", str, None, "log to this file, mode 0600; rotated at 64 MiB, five are kept", "--log-file"),
     Setting("STDERR", _flag, True, "log to standard error"),
-    Setting("ADMINS", _words, (), "mail errors to these addresses, through the mail server on 127.0.0.1"),
+    Setting("ADMINS", _list_of(), (), "mail errors to these addresses, through the mail server on 127.0.0.1"),
     Setting("FROM_EMAIL", str, "csp@localhost", "sender of those mails"),
     Setting("DEBUG", _flag, False, "log more; never changes what a client sees"),
 )
 
 
 class Settings(Values):
-    """The settings, read-only, by upper-case name; other upper-case names of a settings file are kept too."""
+    """The settings by upper-case name; other upper-case names of a settings file are kept too."""
+
+    __repr__ = object.__repr__  # shows no secrets
 
     def __init__(self, values: Optional[Mapping[str, Any]] = None, doubts: Sequence[str] = ()) -> None:
         """Put ``values`` over the defaults; raise StartError for a wrong one. ``doubts`` are warnings for the log."""
         self.doubts = doubts
-        self._values: Dict[str, Any] = {**{row.name: row.default for row in SETTINGS}, **(values or {})}
+        self.data = {row.name: row.default for row in SETTINGS}
+        self.data.update(values or {})
         for row in SETTINGS:
+            value = self.data[row.name]
             try:
-                self._values[row.name] = row.parse(self._values[row.name])
+                self.data[row.name] = None if row.default is None and value in (None, "") else row.parse(value)
             except ValueError as error:
                 raise StartError(f"The setting {row.name} {error}.") from None
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
 
 def _read_settings_file(path: str) -> Dict[str, Any]:
@@ -509,17 +440,6 @@ def _read_settings_file(path: str) -> Dict[str, Any]:
     return {name: value for name, value in names.items() if name.isupper()}
 
 
-def _doubt(names: Iterable[str], place: str, prefix: str = "") -> List[str]:
-    """Return a warning for each name that looks like a misspelt setting; other names may be settings of the jobs."""
-    known = [prefix + row.name for row in SETTINGS]
-    unknown = sorted(set(names).difference(known))
-    if not unknown:
-        return []
-    import difflib
-    near = [(name, found) for name in unknown for found in difflib.get_close_matches(name, known, 1, 0.75)]
-    return [f"{place} has {name}, which is no setting; is {found} meant?" for name, found in near]
-
-
 def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str]] = None,
                   overrides: Optional[Mapping[str, Any]] = None) -> Settings:
     """Return defaults, overlaid by the settings file (else the one that JOB_CONFIG names), environment, overrides.
@@ -527,47 +447,47 @@ def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str
     ``environ`` defaults to the process's; its DATABASE_URL and CSP_<NAME> count. Raises StartError for what is wrong.
     """
     environ = os.environ if environ is None else environ
-    values: Dict[str, Any] = {}
-    doubts = _doubt([name for name in environ if name.startswith("CSP_")], "The environment", "CSP_")
     path = file or environ.get("JOB_CONFIG")
-    if path:
-        values.update(_read_settings_file(path))
-        doubts += _doubt(values, f"The settings file {path}") if values else [
-            f"The settings file {path} sets nothing: it is Python, with lines such as PORT = 8000."]
+    values = _read_settings_file(path) if path else {}
+    known = {row.name for row in SETTINGS}
+    given = {**{name: name for name in values},
+             **{name: name[len("CSP_"):] for name in environ if name.startswith("CSP_")}}
+    doubts = []
+    if path and not values:
+        doubts.append(f"The settings file {path} sets nothing: it is Python, with lines such as PORT = 8000.")
+    for name in sorted(name for name in given if given[name] not in known):  # the others may be settings of the jobs
+        import difflib
+        doubts += [f"{name} is no setting; is {found} meant?"
+                   for found in difflib.get_close_matches(given[name], known, 1, 0.75)]
     if environ.get("DATABASE_URL"):
         values["SQLALCHEMY_DATABASE_URI"] = environ["DATABASE_URL"]
-    values.update((row.name, environ["CSP_" + row.name]) for row in SETTINGS if "CSP_" + row.name in environ)
+    values.update((name, environ["CSP_" + name]) for name in known if "CSP_" + name in environ)
     values.update(overrides or {})
     return Settings(values, doubts)
 
 
 class Config(Values):
-    """The settings in use, as ``web.app.config``; loaded when first read."""
+    """The settings in use, as ``web.app.config``: those of file and environment, loaded when first read."""
+
+    __repr__ = object.__repr__  # shows no secrets
 
     def __init__(self) -> None:
-        self._settings: Optional[Settings] = None
         self._is_fixed = False  # by the command line, whose settings web.init() in a job module must not replace
 
-    def load(self, settings: Optional[Settings] = None) -> Settings:
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """The settings in use."""
+        return load_settings()
+
+    @property
+    def data(self) -> Dict[str, Any]:  # type: ignore[override]
+        return self.settings.data
+
+    def load(self, settings: Optional[Settings] = None) -> None:
         """Use ``settings`` from now on, or load those of file and environment unless such settings were given."""
         if settings is not None or not self._is_fixed:
             self._is_fixed = settings is not None
-            self._settings = load_settings() if settings is None else settings
-        return self.settings
-
-    @property
-    def settings(self) -> Settings:
-        """The settings in use."""
-        return self._settings if self._settings is not None else self.load()
-
-    def __getitem__(self, name: str) -> Any:
-        return self.settings[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.settings)
-
-    def __len__(self) -> int:
-        return len(self.settings)
+            self.settings = load_settings() if settings is None else settings
 
 
 config = Config()  # of this process
@@ -596,12 +516,9 @@ class Metric:
     def add(self, labels: Labels = (), value: float = 1.0) -> None:
         """Count one event; a histogram counts an observation of ``value`` seconds."""
         with self._lock:
-            counts = self._counts.get(labels)
-            if counts is None:
-                counts = self._counts[labels] = [0] * (len(self._buckets) + 1)
-                self._sums[labels] = 0.0
-            counts[bisect.bisect_left(self._buckets, value) if self._buckets else 0] += 1
-            self._sums[labels] += value
+            counts = self._counts.setdefault(labels, [0] * (len(self._buckets) + 1))
+            counts[bisect.bisect_left(self._buckets, value)] += 1
+            self._sums[labels] = self._sums.get(labels, 0.0) + value
 
     def totals(self) -> List[Tuple[Labels, float]]:
         """Return the count for each set of labels."""
@@ -612,14 +529,13 @@ class Metric:
         """Return the metric in the text format."""
         if not self._buckets:
             return metric_lines(self.name, "counter", self._help, self.totals())
-        with self._lock:
-            rows = [(labels, list(counts), self._sums[labels]) for labels, counts in sorted(self._counts.items())]
         lines = metric_lines(self.name, "histogram", self._help, [])
-        for labels, counts, total in rows:
-            for bound, count in zip((*map(str, self._buckets), "+Inf"), itertools.accumulate(counts)):
-                lines.append(f"{self.name}_bucket{_label_text((*labels, ('le', bound)))} {count}")
-            lines.append(f"{self.name}_sum{_label_text(labels)} {total:.6f}")
-            lines.append(f"{self.name}_count{_label_text(labels)} {sum(counts)}")
+        with self._lock:
+            for labels, counts in sorted(self._counts.items()):
+                for bound, count in zip((*self._buckets, "+Inf"), itertools.accumulate(counts)):
+                    lines.append(f"{self.name}_bucket{_label_text((*labels, ('le', str(bound))))} {count}")
+                lines.append(f"{self.name}_sum{_label_text(labels)} {self._sums[labels]:.6f}")
+                lines.append(f"{self.name}_count{_label_text(labels)} {sum(counts)}")
         return lines
 
 
@@ -661,12 +577,8 @@ class Metrics:
 
 QUEUED, RUNNING, COMPLETE, ERROR = "queued", "running", "complete", "error"
 PENDING = "pending"
-TRANSITIONS: Dict[str, FrozenSet[str]] = {
-    QUEUED: frozenset((RUNNING, ERROR)),
-    RUNNING: frozenset((QUEUED, COMPLETE, ERROR)),
-    COMPLETE: frozenset(),
-    ERROR: frozenset(),
-}
+TRANSITIONS: Dict[str, Sequence[str]] = {
+    QUEUED: (RUNNING, ERROR), RUNNING: (QUEUED, COMPLETE, ERROR), COMPLETE: (), ERROR: ()}
 MAX_TIMEOUT_SECONDS = 10**9  # 30 years; the system cannot wait much longer (threading.TIMEOUT_MAX)
 MAX_ATTEMPTS = 3  # a job that kills the whole process must not do so forever
 LARGE_CHARACTERS = 2**20  # longer texts have a row of their own and are sent in pieces of this size
@@ -755,19 +667,6 @@ class LogLine(NamedTuple):
     funcName: str
     lineno: int
 
-    def to_json(self) -> str:
-        """Return the entry as a JSON object; tolerates values written by other programs."""
-        try:
-            return f'{{"timestamp": {_quote(self[0])}, "message": {_quote(self[1])}, {_origin_json(*self[2:])}}}'
-        except TypeError:
-            return to_json(self._asdict())
-
-
-@functools.lru_cache(maxsize=256)
-def _origin_json(level: str, module: str, function: str, lineno: int) -> str:
-    return (f'"level": {_quote(level)}, "module": {_quote(module)}, "funcName": {_quote(function)}, '
-            f'"lineno": {int.__repr__(lineno)}')
-
 
 class Outcome(NamedTuple):
     """What a job's function came to: the JSON text or bytes of its result, or the JSON text of its error object."""
@@ -837,6 +736,15 @@ class Pieces:
                 yield text[begin:begin + LARGE_CHARACTERS].encode("utf-8")
 
 
+def _log_line_to_json(line: LogLine) -> str:
+    moment, message, level, module, function, lineno = line
+    try:
+        return (f'{{"timestamp": {_quote(moment)}, "message": {_quote(message)}, "level": {_quote(level)}, '
+                f'"module": {_quote(module)}, "funcName": {_quote(function)}, "lineno": {lineno or 0}}}')
+    except TypeError:  # NULL, from another program
+        return to_json(line._asdict())
+
+
 def render_job(job: Job, logs: Iterable[LogLine], job_key: bool = False, callback_error: bool = True,
                ) -> Union[bytes, Pieces]:
     """Return the job as clients see it, JSON in UTF-8, a large one in pieces. Stored JSON texts are never parsed.
@@ -856,14 +764,14 @@ def render_job(job: Job, logs: Iterable[LogLine], job_key: bool = False, callbac
         f'{{"job_id": {_quote(job.job_id)}, "job_type": {_quote(job.job_type)}, "status": {_quote(job.status)}, '
         '"sent_data": ', "{}" if job.sent_data in (None, "null") else job.sent_data or "", ', "data": ', data or "null",
         f', "error": {error or "null"}, "metadata": {job.metadata or "{}"}, '
-        f'"logs": [{", ".join([line.to_json() for line in logs])}], '
-        f'"result_url": {text_to_json(job.result_url)}, '
-        f'"requested_timestamp": {text_to_json(job.requested_timestamp)}, '
-        f'"started_timestamp": {text_to_json(job.started_timestamp)}, '
-        f'"finished_timestamp": {text_to_json(job.finished_timestamp)}, "progress": {job.progress or "null"}, '
+        f'"logs": [{", ".join(map(_log_line_to_json, logs))}], '
+        f'"result_url": {to_json(job.result_url)}, '
+        f'"requested_timestamp": {to_json(job.requested_timestamp)}, '
+        f'"started_timestamp": {to_json(job.started_timestamp)}, '
+        f'"finished_timestamp": {to_json(job.finished_timestamp)}, "progress": {job.progress or "null"}, '
         f'"attempts": {job.attempts}, "callback": {callback}, '
-        f'"resubmitted_from": {text_to_json(job.resubmitted_from)}',
-        f', "job_key": {text_to_json(job.job_key)}}}' if job_key else "}"]
+        f'"resubmitted_from": {to_json(job.resubmitted_from)}',
+        f', "job_key": {to_json(job.job_key)}}}' if job_key else "}"]
     return "".join(texts).encode("utf-8") if sum(map(len, texts)) < LARGE_CHARACTERS else Pieces(texts)
 
 
@@ -875,10 +783,10 @@ class JobType(NamedTuple):
     name: str
     function: Callable[[str, Dict[str, Any]], Any]
     synchronous: bool
-    timeout: Optional[float]
-    retries: int
-    at_most_once: bool
-    memory_limit: Optional[int]
+    timeout: Optional[float] = None
+    retries: int = 0
+    at_most_once: bool = False
+    memory_limit: Optional[float] = None
 
 
 class Registry:
@@ -888,23 +796,24 @@ class Registry:
         self._types: Dict[str, JobType] = {}
         self.is_in_use = True  # False in a worker process, which may import the modules of several services
 
-    def synchronous(self, function: Optional[Function] = None, **options: Any) -> Any:
+    def synchronous(self, function: Optional[Function] = None, *, timeout: Optional[float] = None) -> Any:
         """Register a function whose submission is answered when it has returned.
 
-        Option: ``timeout`` (seconds). Raises TypeError or ValueError for wrong options, or a second function of
-        that name.
+        ``timeout`` in seconds. Raises TypeError or ValueError for a wrong option or a second function of the name.
         """
-        return self._decorate(function, True, options)
+        return self._register(function, synchronous=True, timeout=timeout)
 
-    def asynchronous(self, function: Optional[Function] = None, **options: Any) -> Any:
+    def asynchronous(self, function: Optional[Function] = None, *, timeout: Optional[float] = None, retries: int = 0,
+                     at_most_once: bool = False, memory_limit: Optional[float] = None) -> Any:
         """Register a function whose jobs are queued.
 
-        Options: ``timeout`` (seconds); ``retries``, how often an attempt that raised anything but JobError is repeated;
+        ``timeout`` in seconds; ``retries``: how often an attempt that raised anything but JobError is repeated;
         ``at_most_once``: a job that was running when the process died ends as an error instead of running again;
-        ``memory_limit`` (bytes): the limit of the job's process, where it has its own (RLIMIT_DATA). Raises TypeError
-        or ValueError for wrong options or a second function of the name.
+        ``memory_limit`` in bytes, of the job's process, where it has its own (RLIMIT_DATA). Raises TypeError or
+        ValueError for a wrong option or a second function of the name.
         """
-        return self._decorate(function, False, options)
+        return self._register(function, synchronous=False, timeout=timeout, retries=retries, at_most_once=at_most_once,
+                              memory_limit=memory_limit)
 
     def get(self, name: Any) -> Optional[JobType]:
         """Return the job type of that name, or None."""
@@ -914,48 +823,33 @@ class Registry:
         """Return the names, sorted."""
         return sorted(self._types)
 
-    def _decorate(self, function: Optional[Function], synchronous: bool, options: Dict[str, Any]) -> Any:
-        unknown = sorted(set(options) - {"timeout", "retries", "at_most_once", "memory_limit"})
-        if unknown:
-            raise TypeError(f"a job has no option {', '.join(unknown)}")
-
-        def register(function: Function) -> Function:
-            self._add(function, synchronous, **options)
-            return function
-        return register if function is None else register(function)
-
-    def _add(self, function: Callable[..., Any], synchronous: bool, timeout: Optional[float] = None, retries: int = 0,
-             at_most_once: bool = False, memory_limit: Optional[int] = None) -> None:
-        _check_function(function)
+    def _register(self, function: Optional[Function], **options: Any) -> Any:
+        if function is None:
+            return functools.partial(self._register, **options)
         name = function.__name__
-        for option, number in (("timeout", timeout), ("retries", retries), ("memory_limit", memory_limit)):
-            if number is not None and not isinstance(number, (int, float)):
-                raise TypeError(f"{name}: {option} has to be a number")
-        if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_SECONDS or retries < 0:
-            raise ValueError(f"{name}: timeout has to be above 0 and at most {MAX_TIMEOUT_SECONDS:,}, and retries not "
-                             "below 0")
-        if memory_limit is not None and not 0 < memory_limit < 2**63:
-            raise ValueError(f"{name}: memory_limit has to be a number of bytes")
-        if synchronous and (retries or at_most_once or memory_limit):
-            raise ValueError(f"{name}: a synchronous job takes only timeout; it is never repeated and has no process "
-                             "of its own")
-        known = self._types.get(name)
+        known, job_type = self._types.get(name), JobType(name, function, **options)
+        _check_job_type(job_type)
+        if job_type.memory_limit is not None:
+            job_type = job_type._replace(memory_limit=int(job_type.memory_limit))
         if known is not None and self.is_in_use and _place(known.function) != _place(function):
             raise ValueError(f"two job types are called {name}: {_place(known.function)} and {_place(function)}; "
                              "rename one")
-        limit = None if memory_limit is None else int(memory_limit)
-        self._types[name] = JobType(name, function, synchronous, timeout, retries, at_most_once, limit)
+        self._types[name] = job_type
+        return function
 
 
-def _check_function(function: Callable[..., Any]) -> None:
-    """Raise TypeError for a function that cannot be a job: each call would fail."""
-    if not isinstance(function, types.FunctionType):
-        return
-    code, defaults = function.__code__, len(function.__defaults__ or ())
-    if code.co_flags & (0x20 | 0x80 | 0x200):  # inspect.CO_GENERATOR, CO_COROUTINE and CO_ASYNC_GENERATOR
-        raise TypeError(f"{function.__name__}: a job has to be a plain function, neither async nor a generator")
-    if not code.co_flags & 0x04 and not code.co_argcount - defaults <= 2 <= code.co_argcount:  # inspect.CO_VARARGS
-        raise TypeError(f"{function.__name__}: a job takes two arguments, its id and the submitted object")
+def _check_job_type(job_type: JobType) -> None:
+    name, function, _, timeout, retries, _, memory_limit = job_type
+    for option, number in (("timeout", timeout), ("retries", retries), ("memory_limit", memory_limit)):
+        if number is not None and not isinstance(number, (int, float)):
+            raise TypeError(f"{name}: {option} has to be a number")
+    if timeout is not None and not 0 < timeout <= MAX_TIMEOUT_SECONDS or retries < 0:
+        raise ValueError(f"{name}: timeout has to be above 0 and at most {MAX_TIMEOUT_SECONDS:,}, retries not below 0")
+    if memory_limit is not None and not 0 < memory_limit < 2**63:
+        raise ValueError(f"{name}: memory_limit has to be a number of bytes")
+    flags = function.__code__.co_flags if isinstance(function, types.FunctionType) else 0
+    if flags & (0x20 | 0x80 | 0x200):  # inspect.CO_GENERATOR, CO_COROUTINE and CO_ASYNC_GENERATOR
+        raise TypeError(f"{name}: a job has to be a plain function, neither async nor a generator")
 
 
 def _place(function: Callable[..., Any]) -> str:
@@ -965,10 +859,9 @@ def _place(function: Callable[..., Any]) -> str:
 
 
 def make_ids() -> Tuple[str, str]:
-    """Return a new job's id, a random UUID (RFC 9562, version 4), and its key: 122 and 128 random bits."""
+    """Return a new job's id, a random UUID (RFC 9562, version 4), and its key: 120 and 128 random bits."""
     digits = os.urandom(32).hex()
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:32]}", digits[32:]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-8{digits[17:20]}-{digits[20:32]}", digits[32:]
 
 
 registry = Registry()  # filled by the decorators of the module ``job``
@@ -985,7 +878,7 @@ registry = Registry()  # filled by the decorators of the module ``job``
 MAX_LOG_MESSAGE = 65_536  # characters; longer texts belong into the result
 MAX_UNSTORED_CHARACTERS = 2**21  # of its log: a job that is further ahead of the disk waits
 LINE_CHARACTERS = 100  # what a line costs beside its message
-_GENERATED_ID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_GENERATED_ID = "[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # others may be the names of a library's loggers
 
 
 class Output(NamedTuple):
@@ -998,9 +891,8 @@ class Output(NamedTuple):
 class Run:
     """One attempt at one job: its log, its progress, and whether it was told to stop.
 
-    Any thread may call the methods. One lock guards output, beginning and end; the other fields are only ever set as a
-    whole. ``announce(run, is_log)`` is called, without the lock, when there is output, and not again before somebody
-    has peeked at it.
+    Any thread may call the methods. ``announce(run, is_log)`` is called, without the lock, when there is output, and
+    not again before somebody has peeked at it.
     """
 
     def __init__(self, job_id: str, seq: int, attempt: int, announce: Callable[[Run, bool], None],
@@ -1009,25 +901,27 @@ class Run:
         self.started_at = self.begun_at = time.monotonic()
         self.timeout_seconds = timeout_seconds
         self.peeked_at = 0.0  # monotonic: when somebody last took output
-        self.is_cancelled = False
-        self.is_ended = self.has_logged = False
+        self.is_cancelled = self.is_ended = self.has_logged = False
         self.progress: Optional[str] = None
         self.handlers: List[StoringHandler] = []
         self.has_generated_id = re.fullmatch(_GENERATED_ID, job_id) is not None
         self._old_loggers = set() if self.has_generated_id else _loggers_named_by(job_id)
         self._announce = announce
-        self._condition = threading.Condition(threading.Lock())  # guards what follows
+        self._condition = threading.Condition(threading.Lock())  # guards what follows, and how it begins and ends
         self._lines: Deque[LogLine] = deque()
         self._characters = 0
         self._max_characters: float = MAX_UNSTORED_CHARACTERS
-        self._is_progress_new = False
+        self._is_progress_new = self._is_begun = False
         self._announced = 0  # 1: progress, 2: log lines (and progress)
-        self._is_begun = False
 
     @property
     def deadline(self) -> Optional[float]:
         """When the attempt has taken too long (monotonic seconds), None if it may take any time."""
         return None if self.timeout_seconds is None else self.begun_at + self.timeout_seconds
+
+    @property
+    def has_output(self) -> bool:
+        return bool(self._lines) or self._is_progress_new
 
     def begin(self) -> bool:
         """Return True to the first caller only: an executor may run what it has refused."""
@@ -1062,18 +956,13 @@ class Run:
             self._lines.append(line)
             self._characters += len(line.message) + LINE_CHARACTERS
             must_announce, self._announced = self._announced < 2, 2
-            must_wait = self._characters > self._max_characters
         if must_announce:
             self._announce(self, True)
-        if must_wait:
+        if self._characters > self._max_characters:
             with self._condition:
                 self._condition.wait_for(lambda: self.is_ended or self._characters <= self._max_characters)
 
-    def add_message(self, level: str, message: str) -> None:
-        self.add_line(service_line(level, message))
-
     def set_progress(self, fraction: float, message: Optional[str]) -> None:
-        """Show ``fraction`` (0 to 1) and ``message`` as the job's progress."""
         text = to_json({"fraction": min(1.0, max(0.0, float(fraction))),
                         "message": None if message is None else clean(str(message))})
         with self._condition:
@@ -1101,22 +990,11 @@ class Run:
                 self._is_progress_new = False
             self._condition.notify_all()
 
-    @property
-    def has_output(self) -> bool:
-        return bool(self._lines) or self._is_progress_new
-
     def limit_backlog(self, is_limited: bool) -> None:
         """Let the job wait when it is far ahead of whoever takes its output, or never."""
         with self._condition:
             self._max_characters = MAX_UNSTORED_CHARACTERS if is_limited else float("inf")
             self._condition.notify_all()
-
-    def owns_logger(self, name: str) -> bool:
-        """Whether the run created the logger of that name: a client cannot make its job's id one of another's loggers.
-
-        Only generated ids count, because a client may choose any other, such as the name of a library.
-        """
-        return self.has_generated_id and f".{self.job_id}." in f".{name}."
 
     def _clean_loggers(self) -> None:
         """Remove the run's handlers from all loggers, and the loggers that were made for this job (named by its id)."""
@@ -1126,14 +1004,11 @@ class Run:
             if isinstance(logger, logging.PlaceHolder):
                 for child in [child for child in logger.loggerMap if child.name in own]:
                     del logger.loggerMap[child]
-                continue
-            for handler in self.handlers:
-                if handler in logger.handlers:
+            else:
+                for handler in set(self.handlers).intersection(logger.handlers):
                     logger.removeHandler(handler)
         for name in own:
             known.pop(name, None)
-        for handler in self.handlers:
-            handler.close()
 
 
 _current_run: contextvars.ContextVar[Optional[Run]] = contextvars.ContextVar("csp_run", default=None)
@@ -1156,9 +1031,6 @@ def clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-_clean_name = functools.lru_cache(maxsize=256)(clean)
-
-
 def _loggers_named_by(job_id: str) -> Set[str]:
     return {name for name in list(logging.root.manager.loggerDict) if f".{job_id}." in f".{name}."}
 
@@ -1166,8 +1038,8 @@ def _loggers_named_by(job_id: str) -> Set[str]:
 class StoringHandler(logging.Handler):
     """A logging handler that writes to the log of the job ``task_id``; the service removes it when the job ends.
 
-    Each handler takes only what its own job logs, also on a logger that several jobs share. A record from a thread
-    that a job has started itself is taken only on a logger named by the job's id: elsewhere it may be another job's.
+    It takes only what its own job logs, also on a logger that several jobs share. A record from a thread that a job
+    has started itself is taken only on a logger named by the job's id: elsewhere it may be another job's.
     """
 
     def __init__(self, task_id: str, input: Any) -> None:
@@ -1187,9 +1059,10 @@ class StoringHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Store the record as a LogLine; a record that cannot be formatted is stored as it is."""
         run, current = self.run, _current_run.get()
-        if run is None or run.is_ended or record.name in _OWN_LOGGERS:
+        if run is None or run.is_ended or record.name in (log.name, access_log.name):
             return
-        if current is not run and (current is not None or not run.owns_logger(record.name)):
+        is_from_own_thread = current is None and run.has_generated_id and run.job_id in record.name
+        if current is not run and not is_from_own_thread:
             return
         try:
             is_plain = not (self.formatter or record.exc_info or record.exc_text or record.stack_info)
@@ -1197,8 +1070,8 @@ class StoringHandler(logging.Handler):
         except Exception as error:  # noqa: BLE001 - a job's bad log call is no reason to fail the job
             message = f"{record.msg if isinstance(record.msg, str) else ''} ({type(error).__name__} in logging)"
         lineno = record.lineno if isinstance(record.lineno, int) and 0 <= record.lineno < 2**31 else 0
-        run.add_line(LogLine(timestamp(record.created), clean(message), _clean_name(str(record.levelname)),
-                             _clean_name(str(record.module)), _clean_name(str(record.funcName)), lineno))
+        run.add_line(LogLine(timestamp(record.created), clean(message), clean(str(record.levelname)),
+                             clean(str(record.module)), clean(str(record.funcName)), lineno))
 
 
 def set_progress(task_id: str, fraction: float, message: Optional[str] = None) -> None:
@@ -6788,8 +6661,7 @@ job = _make_module("job", "The decorators.", synchronous=registry.synchronous, a
                    sync=registry.synchronous, async_=registry.asynchronous, **{"async": registry.asynchronous})
 util = _make_module("util", "For the code of jobs.", JobError=JobError, JobCancelled=JobCancelled,
                     StoringHandler=StoringHandler, set_progress=set_progress, check_cancelled=check_cancelled)
-web = _make_module("web", "The service.", app=_application, init=lambda: _application.config.load() and None,
-                   configure=lambda: _application.config.load() and None)
+web = _make_module("web", "The service.", app=_application, init=config.load, configure=config.load)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6884,7 +6756,7 @@ def wsgi_app(*jobs: str) -> Application:
     sys.path.insert(0, os.getcwd())
     for name in jobs:
         load_module(name)
-    _application.config.get("NAME")  # loads the settings, whose mistakes are not to wait for the first request
+    config.get("NAME")  # loads the settings, whose mistakes are not to wait for the first request
     return _application
 
 
@@ -6896,11 +6768,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             return _make_hash()
         overrides = {row.name: getattr(options, row.name) for row in SETTINGS
                      if row.option and getattr(options, row.name) is not None}
-        settings = _application.config.load(load_settings(options.config, None, overrides))
+        config.load(load_settings(options.config, None, overrides))
         sys.path.insert(0, os.getcwd())
         for name in options.jobs:
             load_module(name)
-        return _run_once(options.run) if options.run else serve(settings, registry)
+        return _run_once(options.run) if options.run else serve(config.settings, registry)
     except (StartError, CspError) as error:
         print(f"csp: {error}", file=sys.stderr)
         return 2
