@@ -4710,7 +4710,7 @@ img.result { max-width: 100%; background: #fff; }
 
 SCRIPT = """
 const $ = (selector, root = document) => root.querySelector(selector);
-let source = null, timer = null;
+let source, timer;
 
 // Fetch this page again and replace its live parts, but not one that somebody is typing in.
 async function refresh() {
@@ -4723,14 +4723,14 @@ async function refresh() {
     if (fresh && !$('input:focus', old)) { old.replaceWith(document.adoptNode(fresh)); }
   }
 }
-const soon = (milliseconds) => { timer = timer || setTimeout(refresh, milliseconds); };
+function soon(milliseconds) { timer = timer || setTimeout(refresh, milliseconds); }
 function listen(url, handlers) {
   source = new EventSource(url);
   for (const [name, handle] of Object.entries(handlers)) {
     source.addEventListener(name, (event) => handle(JSON.parse(event.data), event.lastEventId));
   }
 }
-function watchJob(log, state) {
+function watchJob(log) {
   listen(log.dataset.events + '?last_event_id=' + log.dataset.last, {
     log(line, id) {
       log.dataset.last = id;
@@ -4749,17 +4749,15 @@ function watchJob(log, state) {
     },
     status(value) {
       if (value.status !== 'pending') { stop(); }
-      if (value.state !== state) { soon(0); }
-      state = value.state;
+      if (!$('#head .badge.' + value.state)) { soon(0); }
     },
   });
 }
-function stop() { if (source) { source.close(); source = null; } }
+function stop() { source?.close(); }
 function start() {
   const log = $('#log[data-events]');
-  let first = true;
-  if (log) { watchJob(log, document.body.dataset.state); }
-  if ($('#numbers')) { listen('/events', { stats() { if (!first) { soon(1000); } first = false; } }); }
+  if (log) { watchJob(log); }
+  if ($('#numbers')) { listen('/events', { stats() { soon(1000); } }); }
 }
 document.addEventListener('click', ({ target }) => {
   if (target.matches('button.copy')) {
@@ -4790,7 +4788,7 @@ _PAGE = """<!DOCTYPE html>
  width='8' height='8' rx='2' fill='%230a58a6'/%3E%3Cpath d='M2 4l1.5 1.5L6 3' stroke='white' fill='none'/%3E%3C/svg%3E">
 <link rel="stylesheet" href="$style">
 <script type="module" src="$script"></script>
-</head><body data-state="$state">
+</head><body>
 <a class="skip" href="#main">Skip to content</a>
 <header><a class="name" href="/">$service</a><nav aria-label="Pages">$links</nav>$sign</header>
 <main id="main">$notice$content</main>
@@ -4915,32 +4913,31 @@ class Viewer(NamedTuple):
     notice: str = ""  # one of NOTICES
 
 
-def render_page(viewer: Viewer, title: str, content: Html, state: str = "") -> Html:
+def render_page(viewer: Viewer, title: str, content: Html, error: Optional[CspError] = None) -> Response:
     links = [("/", "Overview"), ("/job", "Jobs")] + [("/console/submit", "Try it")] * viewer.is_admin
     path = viewer.path.partition("?")[0]
     sign = Html(f'<a href="/login?next={urllib.parse.quote(viewer.path)}">Sign in</a>')
     if viewer.is_admin:
         sign = _form("/logout", "Sign out", Html('<input type="hidden" name="next" value="/?done=out">'))
-    return render(
+    page = render(
         _PAGE, title=title, service=viewer.service, style=STYLE_PATH, script=SCRIPT_PATH, version=__version__,
-        content=content, state=state, sign=sign,
+        content=content, sign=sign,
         notice=_when(NOTICES.get(viewer.notice), '<p class="notice" role="status">$value</p>'),
         links=_each('<a href="$href"$current>$text</a>', (
             (href, _when(href == path, ' aria-current="page"'), text) for href, text in links)))
+    headers = [pair for pair in error.headers if pair[0] != "WWW-Authenticate"] if error else []  # it opens a pop-up
+    return Response(error.status if error else 200, page.encode("utf-8", "replace"), "text/html; charset=utf-8",
+                    [*PAGE_HEADERS, *headers])
 
 
-def page_response(page: Html, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> Response:
-    return Response(status, page.encode("utf-8", "replace"), "text/html; charset=utf-8", [*PAGE_HEADERS, *headers])
-
-
-def error_page(viewer: Viewer, error: CspError) -> Html:
+def error_page(viewer: Viewer, error: CspError) -> Response:
     reason = _REASONS.get(error.status, "Error")
     return render_page(viewer, reason, render(
         '<h1>$reason</h1><section><p>$message</p><p class="faint">$detail</p><p><a href="/">Go to the overview</a></p>'
-        '</section>', reason=reason, message=error.message, detail=error.detail or ""))
+        '</section>', reason=reason, message=error.message, detail=error.detail or ""), error)
 
 
-def login_page(viewer: Viewer, path: str, username: str = "", error: str = "") -> Html:
+def login_page(viewer: Viewer, path: str, username: str = "", error: Optional[CspError] = None) -> Response:
     """Return the form to sign in; it leads on to ``path``."""
     fields = render(
         '<input type="hidden" name="next" value="$next">$name$password', next=path,
@@ -4949,16 +4946,16 @@ def login_page(viewer: Viewer, path: str, username: str = "", error: str = "") -
                         '<input $name type="password" autocomplete="current-password" required>'))
     return render_page(viewer, "Sign in", render(
         '<section class="login"><h1>Sign in</h1>$error$form</section>', error=_when(error, _ALERT),
-        form=_form("/login", "Sign in", fields, "main")))
+        form=_form("/login", "Sign in", fields, "main")), error)
 
 
-def key_page(viewer: Viewer, path: str, error: str = "") -> Html:
+def key_page(viewer: Viewer, path: str, error: str = "") -> Response:
     field = _field("Job key", "job_key", '<input $name autocomplete="off" required>')
     return render_page(viewer, "Job key", render(
         '<section class="login"><h1>This job needs a key</h1>$error<p>The response to the job\'s submission contains '
         'it as <code>job_key</code>.</p>$form<p>Or <a href="/login?next=$next">sign in</a> as the administrator.</p>'
         '</section>', error=_when(error, _ALERT), form=_form(path + "/key", "Show the job", field, "main"),
-        next=urllib.parse.quote(path)))
+        next=urllib.parse.quote(path)), Forbidden(error))
 
 
 def human_seconds(seconds: float) -> str:
@@ -5017,7 +5014,7 @@ def _copyable(identifier: str, text: str, address: str = "", is_json: bool = Fal
 
 def overview_page(viewer: Viewer, states: Mapping[str, int], hours: Mapping[Tuple[int, str], int], now: float,
                   failures: Iterable[Job], types: Iterable[JobType], counts: Mapping[Tuple[str, str], int], url: str,
-                  routes: Iterable[Route]) -> Html:
+                  routes: Iterable[Route]) -> Response:
     """Return the first page. ``hours`` are jobs ended by hour since 1970 and status, ``counts`` by type and status."""
     failed = _each(_FAILURE, (
         (_job_link(job.job_id), job.job_type, _time(job.finished_timestamp, now),
@@ -5071,7 +5068,7 @@ def _type_section(viewer: Viewer, job_type: JobType, counts: Mapping[Tuple[str, 
 
 
 def jobs_page(viewer: Viewer, jobs: Sequence[Job], query: Mapping[str, str], following: str, types: Sequence[str],
-              keep_days: int, now: float) -> Html:
+              keep_days: int, now: float) -> Response:
     """Return a page of the list, and the address of the ``following`` one as a link. Only the administrator sees more
     than IDs, as in the JSON."""
     if viewer.is_admin:
@@ -5098,7 +5095,7 @@ def jobs_page(viewer: Viewer, jobs: Sequence[Job], query: Mapping[str, str], fol
             _field("ID starts with", "_id", '<input $name value="$value">', query.get("_id", "")))))))
 
 
-def job_page(viewer: Viewer, job: Job, newest: Iterable[LogLine], last_id: int, level: str, now: float) -> Html:
+def job_page(viewer: Viewer, job: Job, newest: Iterable[LogLine], last_id: int, level: str, now: float) -> Response:
     """Return a job's page with as many of its ``newest`` log lines as fit; events follow the line ``last_id``."""
     path, is_pending = job_path(job.job_id), job.status == PENDING
     cut = [line._replace(message=_shorten(line.message, 2000)) for line in newest]
@@ -5142,7 +5139,7 @@ def job_page(viewer: Viewer, job: Job, newest: Iterable[LogLine], last_id: int, 
         lines=_each('<li class="$level">$time <b>$level</b> $message</li>', (
             (line.level, line.timestamp[11:23], line.message) for line in lines)),
         input=Html("<p>None.</p>") if job.sent_data in (None, "null") else
-        _copyable("input", job.sent_data, path + "?_format=json", True)), state=job.state)
+        _copyable("input", job.sent_data, path + "?_format=json", True)))
 
 
 def _result(job: Job, path: str) -> Html:
@@ -5168,7 +5165,8 @@ def _result(job: Job, path: str) -> Html:
                   size=f"{len(body):,}", content=content)
 
 
-def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str], error: str = "") -> Html:
+def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str],
+                error: Optional[CspError] = None) -> Response:
     controls = (("Data (JSON)", "data", '<textarea $name spellcheck="false">$value</textarea>'),
                 ("Metadata (a JSON object)", "metadata", '<textarea $name spellcheck="false">$value</textarea>'),
                 ("Callback URL", "result_url", '<input $name type="url" value="$value" size="60">'),
@@ -5177,7 +5175,7 @@ def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str], e
               *(_field(text, name, control, form.get(name, "")) for text, name, control in controls)]
     return render_page(viewer, "Try it", render(
         "<h1>Try it</h1>$error<section>$form</section>", error=_when(error, _ALERT), form=_form(
-            "/console/submit", "Submit", _each("<p>$field</p>", zip(fields)), "main")))
+            "/console/submit", "Submit", _each("<p>$field</p>", zip(fields)), "main")), error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5432,11 +5430,10 @@ class Service:
             response = Response.error(error)
         elif isinstance(error, Forbidden) and route is not None and route.access == JOB_KEY and route.page and (
                 request.is_safe):
-            response = page_response(key_page(self._stranger(request.path), request.path.rstrip("/")), 403)
+            response = key_page(self._stranger(request.path), request.path.rstrip("/"))
         else:
             viewer = self._stranger(request.target if request.is_safe else "/job")  # where signing in leads
-            headers = [(name, value) for name, value in error.headers if name != "WWW-Authenticate"]
-            response = page_response(error_page(viewer, error), error.status, headers)
+            response = error_page(viewer, error)
         response.headers.append(("Vary", "Accept"))
         return response
 
@@ -5814,40 +5811,38 @@ class Service:
         failures = [seq for seq, _ in self.store.list_jobs(5, status=ERROR)] if viewer.is_admin else []
         types = [job_type for job_type in map(self.registry.get, self.registry.names()) if job_type is not None]
         url = f"{request.scheme}://{request.headers.get('host') or 'localhost'}/job"
-        return page_response(overview_page(
+        return overview_page(
             viewer, self._count_states(), self.store.count_by_hour(int(now // 3600) - CHART_HOURS), now,
-            self.store.get_light_jobs(failures), types, self.store.count_by_type(), url, ROUTES))
+            self.store.get_light_jobs(failures), types, self.store.count_by_type(), url, ROUTES)
 
     def login_page(self, request: Request) -> Response:
         viewer, path = self._stranger("/login"), self._next_path(request)
         if request.method != "POST" and basic_credentials(request) is None:
-            return page_response(login_page(viewer, path))
+            return login_page(viewer, path)
         try:
             return self.log_in(request)
         except CspError as error:
-            page = login_page(viewer, path, request.form.get("username", ""), error.message)
-            return page_response(page, error.status, [pair for pair in error.headers if pair[0] == "Retry-After"])
+            return login_page(viewer, path, request.form.get("username", ""), error)
 
     def jobs_page(self, request: Request) -> Response:
         jobs, following = self._choose_jobs(request, PAGE_ROWS, PAGE_ROWS)
         shown = self.store.get_light_jobs(seq for seq, _ in jobs)
-        return page_response(jobs_page(
+        return jobs_page(
             self._viewer(request), shown, dict(request.query), following, self.registry.names(),
-            self.settings["KEEP_JOBS_AGE"], time.time()))
+            self.settings["KEEP_JOBS_AGE"], time.time())
 
     def job_page(self, request: Request, job: Job) -> Response:
         level = dict(request.query).get("level", "")
         newest = self.store.list_newest_logs(job.seq, 1)
         lines = self.store.list_newest_logs(job.seq, PAGE_LINES, LEVELS.get(level, ()))
-        return page_response(job_page(
-            self._viewer(request), job, [line for _, line in lines], newest[0][0] if newest else 0, level,
-            time.time()))
+        return job_page(self._viewer(request), job, [line for _, line in lines], newest[0][0] if newest else 0, level,
+                        time.time())
 
     def take_key(self, request: Request, job_id: str) -> Response:
         """Take the key of a job from its form, and keep it in a cookie for this job alone."""
         job, path = self._find_job(job_id), job_path(job_id)
         if not job.job_key or not is_same(request.form.get("job_key", "").strip(), job.job_key):
-            return page_response(key_page(self._stranger(path), path, "That is not the key of this job."), 403)
+            return key_page(self._stranger(path), path, "That is not the key of this job.")
         return Response.redirect(path, [key_cookie(request, path, job.job_key)])
 
     def cancel_form(self, request: Request, job: Job) -> Response:
@@ -5896,9 +5891,9 @@ class Service:
     def submit_form(self, request: Request) -> Response:
         viewer, form = self._viewer(request), request.form
         if request.method != "POST":
-            return page_response(submit_page(viewer, self.registry.names(), {
+            return submit_page(viewer, self.registry.names(), {
                 "job_type": dict(request.query).get("type", ""),
-                "api_key": "" if self.settings["API_KEYS"] else "console"}))
+                "api_key": "" if self.settings["API_KEYS"] else "console"})
         try:
             body: Dict[str, Any] = {name: form[name] for name in ("job_type", "api_key", "result_url")
                                     if form.get(name)}
@@ -5910,8 +5905,7 @@ class Service:
                         raise Conflict(f"{name} is not JSON: {error}") from None
             job = self._queue(check_submission(body, self.registry))
         except CspError as error:  # with the form as it was typed
-            page = submit_page(viewer, self.registry.names(), form, error.message)
-            return page_response(page, error.status, error.headers)
+            return submit_page(viewer, self.registry.names(), form, error)
         return _go_to(job_path(job.job_id), "submit")
 
     def show_style(self, request: Request) -> Response:
