@@ -4709,7 +4709,7 @@ img.result { max-width: 100%; background: #fff; }
 """
 
 SCRIPT = """
-const $ = (selector, root = document) => root.querySelector(selector);
+const $ = (selector) => document.querySelector(selector);
 let source, timer;
 
 // Fetch this page again and replace its live parts, but not one that somebody is typing in.
@@ -4720,7 +4720,7 @@ async function refresh() {
   const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
   for (const old of document.querySelectorAll('[data-live]')) {
     const fresh = page.getElementById(old.id);
-    if (fresh && !$('input:focus', old)) { old.replaceWith(document.adoptNode(fresh)); }
+    if (fresh && !old.querySelector('input:focus')) { old.replaceWith(document.adoptNode(fresh)); }
   }
 }
 function soon(milliseconds) { timer = timer || setTimeout(refresh, milliseconds); }
@@ -4730,7 +4730,11 @@ function listen(url, handlers) {
     source.addEventListener(name, (event) => handle(JSON.parse(event.data), event.lastEventId));
   }
 }
-function watchJob(log) {
+function stop() { source?.close(); }
+function start() {
+  if ($('#numbers')) { listen('/events', { stats() { soon(1000); } }); }
+  const log = $('#log[data-events]');
+  if (!log) { return; }
   listen(log.dataset.events + '?last_event_id=' + log.dataset.last, {
     log(line, id) {
       log.dataset.last = id;
@@ -4739,7 +4743,7 @@ function watchJob(log) {
       item.className = level.textContent = line.level;
       item.append(line.timestamp.slice(11, 23) + ' ', level, ' ' + line.message);
       log.append(item);
-      while (log.children.length > 2000) { log.firstChild.remove(); }
+      if (log.children.length > 2000) { log.firstChild.remove(); }
       if ($('#follow').checked) { log.scrollTop = log.scrollHeight; }
     },
     progress(value) {
@@ -4752,12 +4756,6 @@ function watchJob(log) {
       if (!$('#head .badge.' + value.state)) { soon(0); }
     },
   });
-}
-function stop() { source?.close(); }
-function start() {
-  const log = $('#log[data-events]');
-  if (log) { watchJob(log); }
-  if ($('#numbers')) { listen('/events', { stats() { soon(1000); } }); }
 }
 document.addEventListener('click', ({ target }) => {
   if (target.matches('button.copy')) {
@@ -4777,7 +4775,6 @@ start();
 
 STYLE_PATH = f"/console/style-{binascii.crc32(STYLE.encode()):08x}.css"
 SCRIPT_PATH = f"/console/script-{binascii.crc32(SCRIPT.encode()):08x}.js"
-
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head>
@@ -4882,10 +4879,9 @@ def _facts(facts: Iterable[Tuple[str, Any]]) -> Html:
 
 
 def _table(kind: str, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> Html:
-    cells = (_each("<td>$cell</td>", zip(row)) for row in rows)
     return render('<table class="$kind"><thead><tr>$head</tr></thead><tbody>$rows</tbody></table>', kind=kind,
                   head=_each('<th scope="col">$cell</th>', zip(head)),
-                  rows=_each("<tr>$cells</tr>", zip(cells)))
+                  rows=_each("<tr>$cells</tr>", zip(_each("<td>$cell</td>", zip(row)) for row in rows)))
 
 
 def _form(action: str, button: str, fields: str = "", kind: str = "") -> Html:
@@ -4927,7 +4923,7 @@ def render_page(viewer: Viewer, title: str, content: Html, error: Optional[CspEr
             (href, _when(href == path, ' aria-current="page"'), text) for href, text in links)))
     headers = [pair for pair in error.headers if pair[0] != "WWW-Authenticate"] if error else []  # it opens a pop-up
     return Response(error.status if error else 200, page.encode("utf-8", "replace"), "text/html; charset=utf-8",
-                    [*PAGE_HEADERS, *headers])
+                    (*PAGE_HEADERS, *headers))
 
 
 def error_page(viewer: Viewer, error: CspError) -> Response:
@@ -4942,8 +4938,8 @@ def login_page(viewer: Viewer, path: str, username: str = "", error: Optional[Cs
     fields = render(
         '<input type="hidden" name="next" value="$next">$name$password', next=path,
         name=_field("User name", "username", '<input $name autocomplete="username" value="$value" required>', username),
-        password=_field("Password", "password",
-                        '<input $name type="password" autocomplete="current-password" required>'))
+        password=_field(
+            "Password", "password", '<input $name type="password" autocomplete="current-password" required>'))
     return render_page(viewer, "Sign in", render(
         '<section class="login"><h1>Sign in</h1>$error$form</section>', error=_when(error, _ALERT),
         form=_form("/login", "Sign in", fields, "main")), error)
@@ -4964,10 +4960,9 @@ def human_seconds(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"
     if seconds < 60:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
-    units = ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
-    size, unit, small_size, small_unit = next(row for row in units if seconds >= row[0])
-    rest = int(seconds % size // small_size)
-    return f"{int(seconds // size)} {unit}" + (f" {rest} {small_unit}" if rest else "")
+    numbers = (seconds // 86_400, seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
+    parts = itertools.dropwhile(lambda part: part[0] < 1, zip(numbers, ("d", "h", "min", "s")))
+    return " ".join(f"{int(number)} {unit}" for number, unit in itertools.islice(parts, 2) if number >= 1)
 
 
 def _time(text: Optional[str], now: float, is_exact: bool = False) -> Html:
@@ -5045,8 +5040,7 @@ def _chart(hours: Mapping[Tuple[int, str], int], now: float) -> Html:
     complete, error = map(sum, zip(*numbers))
     text = f"{complete:,} complete and {error:,} failed in the last {CHART_HOURS} hours, at most {most:,} in one hour"
     return render(_CHART, text=text if complete + error else f"No jobs ended in the last {CHART_HOURS} hours",
-                  bars=_each(_BAR, bars), width=CHART_HOURS * 10,
-                  hours=CHART_HOURS)
+                  bars=_each(_BAR, bars), width=CHART_HOURS * 10, hours=CHART_HOURS)
 
 
 def _type_section(viewer: Viewer, job_type: JobType, counts: Mapping[Tuple[str, str], int], url: str) -> Html:
@@ -5069,8 +5063,7 @@ def _type_section(viewer: Viewer, job_type: JobType, counts: Mapping[Tuple[str, 
 
 def jobs_page(viewer: Viewer, jobs: Sequence[Job], query: Mapping[str, str], following: str, types: Sequence[str],
               keep_days: int, now: float) -> Response:
-    """Return a page of the list, and the address of the ``following`` one as a link. Only the administrator sees more
-    than IDs, as in the JSON."""
+    """Return a page of the list. Only the administrator sees more than IDs, as in the JSON."""
     if viewer.is_admin:
         rows = _each(_ROW, (
             (job.job_id, _job_link(job.job_id), job.job_type, job.state, STATE_WORDS.get(job.state, job.state),
@@ -5167,12 +5160,12 @@ def _result(job: Job, path: str) -> Html:
 
 def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str],
                 error: Optional[CspError] = None) -> Response:
-    controls = (("Data (JSON)", "data", '<textarea $name spellcheck="false">$value</textarea>'),
-                ("Metadata (a JSON object)", "metadata", '<textarea $name spellcheck="false">$value</textarea>'),
-                ("Callback URL", "result_url", '<input $name type="url" value="$value" size="60">'),
-                ("API key", "api_key", '<input $name value="$value" required autocomplete="off">'))
-    fields = [_select("Job type", "job_type", [*zip(types, types)], form.get("job_type", "")),
-              *(_field(text, name, control, form.get(name, "")) for text, name, control in controls)]
+    text = '<textarea $name spellcheck="false">$value</textarea>'
+    fields = [_select("Job type", "job_type", [*zip(types, types)], form.get("job_type", "")), *(
+        _field(label, name, control, form.get(name, "")) for label, name, control in (
+            ("Data (JSON)", "data", text), ("Metadata (a JSON object)", "metadata", text),
+            ("Callback URL", "result_url", '<input $name type="url" value="$value" size="60">'),
+            ("API key", "api_key", '<input $name value="$value" required autocomplete="off">')))]
     return render_page(viewer, "Try it", render(
         "<h1>Try it</h1>$error<section>$form</section>", error=_when(error, _ALERT), form=_form(
             "/console/submit", "Submit", _each("<p>$field</p>", zip(fields)), "main")), error)
