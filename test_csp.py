@@ -1870,7 +1870,7 @@ def console_registry():
         logger.setLevel(logging.DEBUG)
         logger.addHandler(csp.StoringHandler(task_id, input))
         for number in itertools.count(1):
-            word = registry.steps.get(timeout=PATIENCE_SECONDS)
+            word = registry.steps.get(timeout=10 * PATIENCE_SECONDS)  # one runs as long as the whole class
             if word == "stop":
                 return {"steps": number}
             logger.log(getattr(logging, word), "step %d is %s: %s", number, word, input.get("data"))
@@ -1965,7 +1965,9 @@ def listed(tmp_path_factory):
 class TestConsole:
     @pytest.fixture
     def console(self, start):
-        return start(console_registry())
+        running = start(console_registry())
+        yield running
+        running.registry.steps.put("stop")
 
     def sign_in(self, browser, client, path="/"):
         """Open a page with the cookie of a new session."""
@@ -2085,8 +2087,7 @@ class TestConsole:
         jobs.append(jobs[0])  # named twice
         assert resubmit(api_key="again").headers["Location"] == "/job?done=resubmit"
         assert len(client.get("/job").json["list"]) == 8
-        for _ in range(2):
-            console.registry.steps.put("stop")
+        console.registry.steps.put("stop")  # and the fixture the other one
 
     def test_what_has_been_typed_stays_when_the_api_key_may_not_submit(self, start):
         client = start(console_registry(), API_KEYS=["the only key that may"]).client
@@ -2371,7 +2372,6 @@ class TestConsole:
         browser.find("#chart", "1 complete and 1 failed")
         browser.find("#failures a", "b")
         assert browser.script("return window.mark") == mark and browser.complaints() == []
-        console.registry.steps.put("stop")
 
     def test_a_key_opens_a_job_in_a_browser(self, console, browse):
         browser, job = browse(), console.client.submit("step", job_id="mine")
