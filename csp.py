@@ -4394,7 +4394,6 @@ PAGE_LINES = 200  # log lines on a page; the JSON has all
 PAGE_LOG_CHARACTERS = 20_000
 PAGE_TEXT_CHARACTERS = 6_000  # of an input, a result or a traceback
 PARSED_CHARACTERS = 200_000  # longer JSON is shown as it is stored, not indented
-PAGE_SNIPPETS = 20  # with more job types, examples are shown for one type at a time
 CHART_HOURS = 24
 PAGE_HEADERS = (
     ("Content-Security-Policy", "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
@@ -4490,8 +4489,8 @@ img.result { max-width: 100%; background: #fff; }
 """
 
 SCRIPT = """
-const $ = (selector, root = document) => root.querySelector(selector);
-let source = null, timer = null;
+const $ = (selector) => document.querySelector(selector);
+let source, timer;
 
 // Fetch this page again and replace its live parts, but not one that somebody is typing in.
 async function refresh() {
@@ -4501,17 +4500,21 @@ async function refresh() {
   const page = new DOMParser().parseFromString(await answer.text(), 'text/html');
   for (const old of document.querySelectorAll('[data-live]')) {
     const fresh = page.getElementById(old.id);
-    if (fresh && !$('input:focus', old)) { old.replaceWith(document.adoptNode(fresh)); }
+    if (fresh && !old.querySelector('input:focus')) { old.replaceWith(document.adoptNode(fresh)); }
   }
 }
-const soon = (milliseconds) => { timer = timer || setTimeout(refresh, milliseconds); };
+function soon(milliseconds) { timer = timer || setTimeout(refresh, milliseconds); }
 function listen(url, handlers) {
   source = new EventSource(url);
   for (const [name, handle] of Object.entries(handlers)) {
     source.addEventListener(name, (event) => handle(JSON.parse(event.data), event.lastEventId));
   }
 }
-function watchJob(log, state) {
+function stop() { source?.close(); }
+function start() {
+  if ($('#numbers')) { listen('/events', { stats() { soon(1000); } }); }
+  const log = $('#log[data-events]');
+  if (!log) { return; }
   listen(log.dataset.events + '?last_event_id=' + log.dataset.last, {
     log(line, id) {
       log.dataset.last = id;
@@ -4520,7 +4523,7 @@ function watchJob(log, state) {
       item.className = level.textContent = line.level;
       item.append(line.timestamp.slice(11, 23) + ' ', level, ' ' + line.message);
       log.append(item);
-      while (log.children.length > 2000) { log.firstChild.remove(); }
+      if (log.children.length > 2000) { log.firstChild.remove(); }
       if ($('#follow').checked) { log.scrollTop = log.scrollHeight; }
     },
     progress(value) {
@@ -4530,17 +4533,9 @@ function watchJob(log, state) {
     },
     status(value) {
       if (value.status !== 'pending') { stop(); }
-      if (value.state !== state) { soon(0); }
-      state = value.state;
+      if (!$('#head .badge.' + value.state)) { soon(0); }
     },
   });
-}
-function stop() { if (source) { source.close(); source = null; } }
-function start() {
-  const log = $('#log[data-events]');
-  let first = true;
-  if (log) { watchJob(log, document.body.dataset.state); }
-  if ($('#numbers')) { listen('/events', { stats() { if (!first) { soon(1000); } first = false; } }); }
 }
 document.addEventListener('click', ({ target }) => {
   if (target.matches('button.copy')) {
@@ -4561,7 +4556,6 @@ start();
 STYLE_PATH = f"/console/style-{binascii.crc32(STYLE.encode()):08x}.css"
 SCRIPT_PATH = f"/console/script-{binascii.crc32(SCRIPT.encode()):08x}.js"
 
-
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head>
 <meta charset="utf-8">
@@ -4571,7 +4565,7 @@ _PAGE = """<!DOCTYPE html>
  width='8' height='8' rx='2' fill='%230a58a6'/%3E%3Cpath d='M2 4l1.5 1.5L6 3' stroke='white' fill='none'/%3E%3C/svg%3E">
 <link rel="stylesheet" href="$style">
 <script type="module" src="$script"></script>
-</head><body data-state="$state">
+</head><body>
 <a class="skip" href="#main">Skip to content</a>
 <header><a class="name" href="/">$service</a><nav aria-label="Pages">$links</nav>$sign</header>
 <main id="main">$notice$content</main>
@@ -4595,8 +4589,8 @@ _FAILURE = "<li>$link <small>$type, $time</small><br>$message</li>"
 _BAR = '<rect class="$status" x="$x" y="$y" width="8" height="$height"><title>from $label: $jobs $word</title></rect>'
 _CHART = """<svg class="chart" role="img" aria-label="$text" viewBox="0 0 $width 100" preserveAspectRatio="none">
 $bars</svg><div class="axis faint"><span>$hours h ago</span><span>now</span></div><p class="faint">$text.</p>"""
-_TYPE = """<section id="type-$name"><h3>$name</h3>
-<p class="faint">$facts</p><p class="doc">$doc</p>$example$form</section>"""
+_TYPE = """<section><h3>$name</h3><p class="faint">$facts</p><p class="doc">$doc</p>
+<details><summary>How to submit</summary>$curl$python</details>$form</section>"""
 _PYTHON = """import json, urllib.request
 body = json.dumps({body}).encode()
 request = urllib.request.Request("{url}", body, {{"Content-Type": "application/json"}})
@@ -4632,7 +4626,7 @@ _JOB_PAGE = """<div id="head" data-live><h1 class="id">$id</h1><div class="row">
 <p class="faint">No log lines.</p>
 <p class="faint">The newest lines. <a href="$path?_format=json">Show the whole job as JSON</a></p></section>
 <div class="columns"><section><h2>Input</h2>$input</section>
-<section id="callback" data-live><h2>Callback</h2>$callback</section></div>"""
+<section id="callback" data-live><h2>Callback</h2>$callback$again</section></div>"""
 _KEY_FIELD = '<label class="check">API key <input name="api_key" autocomplete="off"$required></label> '
 _TRACE = '<details><summary>Traceback</summary><pre tabindex="0">$value</pre></details>'
 _SCROLL = '<div class="scroll" tabindex="0" role="region" aria-label="The first rows">$value</div>'
@@ -4641,9 +4635,6 @@ _SCROLL = '<div class="scroll" tabindex="0" role="region" aria-label="The first 
 class Html(str):
     """Text that is markup already."""
 
-    def __add__(self, other: str) -> "Html":
-        return Html(str.__add__(self, other if isinstance(other, Html) else html.escape(other)))
-
 
 def render(template: str, **values: Any) -> Html:
     """Fill in a ``string.Template``. Values that are not Html are escaped."""
@@ -4651,9 +4642,10 @@ def render(template: str, **values: Any) -> Html:
         name: value if isinstance(value, Html) else html.escape(str(value)) for name, value in values.items()}))
 
 
-def _each(template: str, names: str, rows: Iterable[Sequence[Any]]) -> Html:
-    """Render the template once for each row; ``names`` are those of a row's values."""
-    return Html("".join(render(template, **dict(zip(names.split(), row))) for row in rows))
+def _each(template: str, rows: Iterable[Iterable[Any]]) -> Html:
+    """Render the template once for each row, whose values are in the order in which the template names them."""
+    names = list(dict.fromkeys(re.findall(r"\$(\w+)", template)))
+    return Html("".join(render(template, **dict(zip(names, row))) for row in rows))
 
 
 def _when(value: Any, template: str) -> Html:
@@ -4663,14 +4655,13 @@ def _when(value: Any, template: str) -> Html:
 
 def _facts(facts: Iterable[Tuple[str, Any]]) -> Html:
     rows = (fact for fact in facts if fact[1] is not None)
-    return render("<dl>$rows</dl>", rows=_each("<dt>$name</dt><dd>$value</dd>", "name value", rows))
+    return render("<dl>$rows</dl>", rows=_each("<dt>$name</dt><dd>$value</dd>", rows))
 
 
 def _table(kind: str, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> Html:
-    cells = (_each("<td>$cell</td>", "cell", zip(row)) for row in rows)
     return render('<table class="$kind"><thead><tr>$head</tr></thead><tbody>$rows</tbody></table>', kind=kind,
-                  head=_each('<th scope="col">$cell</th>', "cell", zip(head)),
-                  rows=_each("<tr>$cells</tr>", "cells", zip(cells)))
+                  head=_each('<th scope="col">$cell</th>', zip(head)),
+                  rows=_each("<tr>$cells</tr>", zip(_each("<td>$cell</td>", zip(row)) for row in rows)))
 
 
 def _form(action: str, button: str, fields: str = "", kind: str = "") -> Html:
@@ -4686,8 +4677,8 @@ def _field(text: str, name: str, control: str, value: Any = "") -> Html:
 
 
 def _select(text: str, name: str, choices: Iterable[Tuple[str, str]], selected: str) -> Html:
-    options = _each('<option value="$value"$selected>$text</option>', "value text selected", (
-        (value, text, _when(value == selected, " selected")) for value, text in choices))
+    options = _each('<option value="$value"$selected>$text</option>', (
+        (value, _when(value == selected, " selected"), text) for value, text in choices))
     return _field(text, name, "<select $name>$value</select>", options)
 
 
@@ -4698,48 +4689,49 @@ class Viewer(NamedTuple):
     notice: str = ""  # one of NOTICES
 
 
-def render_page(viewer: Viewer, title: str, content: Html, state: str = "") -> Html:
+def render_page(viewer: Viewer, title: str, content: Html, error: Optional[CspError] = None) -> Response:
     links = [("/", "Overview"), ("/job", "Jobs")] + [("/console/submit", "Try it")] * viewer.is_admin
     path = viewer.path.partition("?")[0]
     sign = Html(f'<a href="/login?next={urllib.parse.quote(viewer.path)}">Sign in</a>')
     if viewer.is_admin:
         sign = _form("/logout", "Sign out", Html('<input type="hidden" name="next" value="/?done=out">'))
-    return render(
+    page = render(
         _PAGE, title=title, service=viewer.service, style=STYLE_PATH, script=SCRIPT_PATH, version=__version__,
-        content=content, state=state, sign=sign,
+        content=content, sign=sign,
         notice=_when(NOTICES.get(viewer.notice), '<p class="notice" role="status">$value</p>'),
-        links=_each('<a href="$href"$current>$text</a>', "href text current", (
-            (href, text, _when(href == path, ' aria-current="page"')) for href, text in links)))
+        links=_each('<a href="$href"$current>$text</a>', (
+            (href, _when(href == path, ' aria-current="page"'), text) for href, text in links)))
+    headers = [pair for pair in error.headers if pair[0] != "WWW-Authenticate"] if error else []  # it opens a pop-up
+    return Response(error.status if error else 200, page.encode("utf-8", "replace"), "text/html; charset=utf-8",
+                    (*PAGE_HEADERS, *headers))
 
 
-def page_response(page: Html, status: int = 200, headers: Iterable[Tuple[str, str]] = ()) -> Response:
-    return Response(status, page.encode("utf-8", "replace"), "text/html; charset=utf-8", [*PAGE_HEADERS, *headers])
-
-
-def error_page(viewer: Viewer, error: CspError) -> Html:
+def error_page(viewer: Viewer, error: CspError) -> Response:
     reason = _REASONS.get(error.status, "Error")
     return render_page(viewer, reason, render(
         '<h1>$reason</h1><section><p>$message</p><p class="faint">$detail</p><p><a href="/">Go to the overview</a></p>'
-        '</section>', reason=reason, message=error.message, detail=error.detail or ""))
+        '</section>', reason=reason, message=error.message, detail=error.detail or ""), error)
 
 
-def login_page(viewer: Viewer, path: str, username: str = "", error: str = "") -> Html:
+def login_page(viewer: Viewer, path: str, username: str = "", error: Optional[CspError] = None) -> Response:
     """Return the form to sign in; it leads on to ``path``."""
-    fields = render('<input type="hidden" name="next" value="$next">', next=path)
-    fields += _field("User name", "username", '<input $name autocomplete="username" value="$value" required>', username)
-    fields += _field("Password", "password", '<input $name type="password" autocomplete="current-password" required>')
+    fields = render(
+        '<input type="hidden" name="next" value="$next">$name$password', next=path,
+        name=_field("User name", "username", '<input $name autocomplete="username" value="$value" required>', username),
+        password=_field(
+            "Password", "password", '<input $name type="password" autocomplete="current-password" required>'))
     return render_page(viewer, "Sign in", render(
         '<section class="login"><h1>Sign in</h1>$error$form</section>', error=_when(error, _ALERT),
-        form=_form("/login", "Sign in", fields, "main")))
+        form=_form("/login", "Sign in", fields, "main")), error)
 
 
-def key_page(viewer: Viewer, path: str, error: str = "") -> Html:
+def key_page(viewer: Viewer, path: str, error: str = "") -> Response:
     field = _field("Job key", "job_key", '<input $name autocomplete="off" required>')
     return render_page(viewer, "Job key", render(
         '<section class="login"><h1>This job needs a key</h1>$error<p>The response to the job\'s submission contains '
         'it as <code>job_key</code>.</p>$form<p>Or <a href="/login?next=$next">sign in</a> as the administrator.</p>'
         '</section>', error=_when(error, _ALERT), form=_form(path + "/key", "Show the job", field, "main"),
-        next=urllib.parse.quote(path)))
+        next=urllib.parse.quote(path)), Forbidden(error))
 
 
 def human_seconds(seconds: float) -> str:
@@ -4748,10 +4740,9 @@ def human_seconds(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "under 1 ms"
     if seconds < 60:
         return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:.0f} s"
-    units = ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
-    size, unit, small_size, small_unit = next(row for row in units if seconds >= row[0])
-    rest = int(seconds % size // small_size)
-    return f"{int(seconds // size)} {unit}" + (f" {rest} {small_unit}" if rest else "")
+    numbers = (seconds // 86_400, seconds // 3600 % 24, seconds // 60 % 60, seconds % 60)
+    parts = itertools.dropwhile(lambda part: part[0] < 1, zip(numbers, ("d", "h", "min", "s")))
+    return " ".join(f"{int(number)} {unit}" for number, unit in itertools.islice(parts, 2) if number >= 1)
 
 
 def _time(text: Optional[str], now: float, is_exact: bool = False) -> Html:
@@ -4783,58 +4774,37 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + " …"
 
 
-def _indent(text: str) -> str:
-    try:
-        return text if len(text) > PARSED_CHARACTERS else json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except RecursionError:  # nested too deeply for Python
-        return text
-
-
 def _metadata_texts(job: Job) -> List[Tuple[str, str]]:
     return [(key, value if isinstance(value, str) else to_json(value))
             for key, value in json.loads(job.metadata or "{}").items()]
 
 
-def fit_lines(lines: Iterable[LogLine]) -> List[LogLine]:
-    """Return the newest lines that fit on a page, oldest first, long messages cut. ``lines`` are newest first."""
-    cut = [line._replace(message=_shorten(line.message, 2000)) for line in lines]
-    sizes = itertools.accumulate(len(line.message) + 60 for line in cut)
-    return [line for line, size in zip(cut, sizes) if size <= PAGE_LOG_CHARACTERS][::-1]
-
-
-def _copyable(identifier: str, text: str, address: str = "") -> Html:
+def _copyable(identifier: str, text: str, address: str = "", is_json: bool = False) -> Html:
     """Return the beginning of a text with a button to copy it and, if there is more, a link to the whole."""
+    if is_json and len(text) <= PARSED_CHARACTERS:
+        text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     return render(_COPYABLE + _MORE * (len(text) > PAGE_TEXT_CHARACTERS), id=identifier, address=address,
                   text=text[:PAGE_TEXT_CHARACTERS], shown=f"{PAGE_TEXT_CHARACTERS:,}", all=f"{len(text):,}")
 
 
-class Overview(NamedTuple):
-    states: Mapping[str, int]
-    hours: Mapping[Tuple[int, str], int]  # jobs ended by (hour since 1970, status)
-    now: float
-    failures: Sequence[Job]
-    types: Sequence[JobType]
-    counts: Mapping[Tuple[str, str], int]
-    url: str
-    routes: Sequence[Route]
-    example: str  # the job type whose example is shown, if there are many
-
-
-def overview_page(viewer: Viewer, view: Overview) -> Html:
-    failures = _each(_FAILURE, "link type time message", (
-        (_job_link(job.job_id), job.job_type, _time(job.finished_timestamp, view.now),
-         _shorten(str(json.loads(job.error or "{}").get("message", "")), 160)) for job in view.failures))
+def overview_page(viewer: Viewer, states: Mapping[str, int], hours: Mapping[Tuple[int, str], int], now: float,
+                  failures: Iterable[Job], types: Iterable[JobType], counts: Mapping[Tuple[str, str], int], url: str,
+                  routes: Iterable[Route]) -> Response:
+    """Return the first page. ``hours`` are jobs ended by hour since 1970 and status, ``counts`` by type and status."""
+    failed = _each(_FAILURE, (
+        (_job_link(job.job_id), job.job_type, _time(job.finished_timestamp, now),
+         _shorten(str(json.loads(job.error or "{}").get("message", "")), 160)) for job in failures))
     return render_page(viewer, "Overview", render(
-        _OVERVIEW, service=viewer.service, chart=_chart(view.hours, view.now), url=view.url,
-        tiles=_each('<li><a class="$state" href="/job?_status=$state"><b>$jobs</b>$word</a></li>', "state jobs word", (
-            (state, f"{jobs:,}", STATE_WORDS[state]) for state, jobs in view.states.items())),
-        failures=_when(viewer.is_admin and (_when(failures, "<ul>$value</ul>") or Html("<p>None.</p>")),
+        _OVERVIEW, service=viewer.service, chart=_chart(hours, now), url=url,
+        tiles=_each('<li><a class="$state" href="/job?_status=$state"><b>$jobs</b>$word</a></li>', (
+            (state, f"{jobs:,}", STATE_WORDS[state]) for state, jobs in states.items())),
+        failures=_when(viewer.is_admin and (_when(failed, "<ul>$value</ul>") or Html("<p>None.</p>")),
                        '<section id="failures" data-live><h2>Latest failures</h2>$value</section>'),
-        types=Html("".join(_type_section(viewer, view, job_type) for job_type in view.types)) or
+        types=Html("".join(_type_section(viewer, job_type, counts, url) for job_type in types)) or
         Html("<p>No job types. Name a module with --jobs.</p>"),
         routes=_table("api", ("Request", "What it does", "Who may use it"), (
             (render("<code>$method $path</code>", method=route.method, path=route.path), route.summary, route.access)
-            for route in view.routes))))
+            for route in routes))))
 
 
 def _chart(hours: Mapping[Tuple[int, str], int], now: float) -> Html:
@@ -4850,111 +4820,99 @@ def _chart(hours: Mapping[Tuple[int, str], int], now: float) -> Html:
     complete, error = map(sum, zip(*numbers))
     text = f"{complete:,} complete and {error:,} failed in the last {CHART_HOURS} hours, at most {most:,} in one hour"
     return render(_CHART, text=text if complete + error else f"No jobs ended in the last {CHART_HOURS} hours",
-                  bars=_each(_BAR, "status x y height label jobs word", bars), width=CHART_HOURS * 10,
-                  hours=CHART_HOURS)
+                  bars=_each(_BAR, bars), width=CHART_HOURS * 10, hours=CHART_HOURS)
 
 
-def _type_section(viewer: Viewer, view: Overview, job_type: JobType) -> Html:
+def _type_section(viewer: Viewer, job_type: JobType, counts: Mapping[Tuple[str, str], int], url: str) -> Html:
     import inspect
     import shlex
     name = job_type.name
     facts = ["synchronous" if job_type.synchronous else "asynchronous", ", ".join(
-        f"{view.counts.get((name, status), 0):,} {STATE_WORDS[status]}" for status in (COMPLETE, ERROR))]
+        f"{counts.get((name, status), 0):,} {STATE_WORDS[status]}" for status in (COMPLETE, ERROR))]
     facts += [f"timeout {job_type.timeout:g} s"] if job_type.timeout else []
     facts += [f"retries {job_type.retries}"] if job_type.retries else []
-    if len(view.types) <= PAGE_SNIPPETS or view.example == name:
-        body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
-        curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {shlex.quote(view.url)}"
-        example = render("<details><summary>How to submit</summary>$curl$python</details>",
-                         curl=_copyable(f"curl-{name}", curl),
-                         python=_copyable(f"python-{name}", _PYTHON.format(body=body, url=view.url)))
-    else:
-        example = render('<p><a href="/?type=$name#type-$name">How to submit</a></p>', name=name)
-    form = Html(f'<p><a href="/console/submit?type={urllib.parse.quote(name)}">Try it</a></p>')
-    return render(_TYPE, name=name, facts=" · ".join(facts), example=example, form=_when(viewer.is_admin, form),
-                  doc=_shorten(inspect.getdoc(job_type.function) or "", 600))
+    body = json.dumps({"job_type": name, "api_key": "your key", "data": "hello"})
+    curl = f"curl -H 'Content-Type: application/json' -d {shlex.quote(body)} {shlex.quote(url)}"
+    return render(
+        _TYPE, name=name, facts=" · ".join(facts), doc=_shorten(inspect.getdoc(job_type.function) or "", 600),
+        curl=_copyable(f"curl-{name}", curl),
+        python=_copyable(f"python-{name}", _PYTHON.format(body=body, url=url)),
+        form=_when(viewer.is_admin and urllib.parse.quote(name),
+                   '<p><a href="/console/submit?type=$value">Try it</a></p>'))
 
 
-class JobsView(NamedTuple):
-    jobs: Sequence[Job]  # without their data
-    query: Mapping[str, str]
-    following: str  # the address of the next page
-    types: Sequence[str]
-    keep_days: int
-    now: float
-
-
-def jobs_page(viewer: Viewer, view: JobsView) -> Html:
+def jobs_page(viewer: Viewer, jobs: Sequence[Job], query: Mapping[str, str], following: str, types: Sequence[str],
+              keep_days: int, now: float) -> Response:
     """Return a page of the list. Only the administrator sees more than IDs, as in the JSON."""
-    query, jobs = view.query, view.jobs
     if viewer.is_admin:
-        rows = _each(_ROW, "id link type state word time duration metadata", (
+        rows = _each(_ROW, (
             (job.job_id, _job_link(job.job_id), job.job_type, job.state, STATE_WORDS.get(job.state, job.state),
-             _time(job.requested_timestamp, view.now), _duration(job, view.now),
+             _time(job.requested_timestamp, now), _duration(job, now),
              _shorten(", ".join(map("=".join, _metadata_texts(job))), 120) or "–") for job in jobs))
     else:
-        rows = _each('<tr><td data-label="Job">$link</td></tr>', "link", zip(_job_link(job.job_id) for job in jobs))
+        rows = _each('<tr><td data-label="Job">$link</td></tr>', zip(_job_link(job.job_id) for job in jobs))
     is_filtered = any(value for name, value in query.items() if name != "done")
     days = _field("Delete jobs that ended more than this many days ago", "days",
-                  '<input $name type="number" min="0" max="36500" value="$value" required>', view.keep_days)
+                  '<input $name type="number" min="0" max="36500" value="$value" required>', keep_days)
     return render_page(viewer, "Jobs", render(
         _JOBS, form=_when(viewer.is_admin and viewer.path, _SELECTION), rows=rows,
         caption="" if jobs else "No jobs match." if is_filtered else "No jobs yet.",
         head=_when(viewer.is_admin and jobs, _HEAD), newest=_when(query, '<a class="button" href="/job">Newest</a>'),
-        older=_when(view.following, '<a class="button" href="$value" rel="next">Older</a>'),
+        older=_when(following, '<a class="button" href="$value" rel="next">Older</a>'),
         actions=_when(viewer.is_admin and jobs, _ACTIONS), clear=_when(viewer.is_admin and days, _CLEAR),
-        fields=_each("<div>$field</div>", "field", zip((
+        fields=_each("<div>$field</div>", zip((
             _select("Status", "_status", [("", "all"), *STATE_WORDS.items()], query.get("_status", "")),
-            _select("Type", "_type", [("", "all"), *zip(view.types, view.types)], query.get("_type", "")),
+            _select("Type", "_type", [("", "all"), *zip(types, types)], query.get("_type", "")),
             _field("Metadata", "_metadata", '<input $name value="$value" placeholder="key=value">',
                    query.get("_metadata", "")),
             _field("ID starts with", "_id", '<input $name value="$value">', query.get("_id", "")))))))
 
 
-class JobView(NamedTuple):
-    job: Job
-    lines: Sequence[LogLine]  # the newest of its log, oldest first
-    last_id: int  # events follow this line
-    level: str
-    now: float
-
-
-def job_page(viewer: Viewer, view: JobView) -> Html:
-    job, path, now = view.job, job_path(view.job.job_id), view.now
-    is_pending = job.status == PENDING
+def job_page(viewer: Viewer, job: Job, newest: Iterable[LogLine], last_id: int, level: str, now: float) -> Response:
+    """Return a job's page with as many of its ``newest`` log lines as fit; events follow the line ``last_id``."""
+    path, is_pending = job_path(job.job_id), job.status == PENDING
+    cut = [line._replace(message=_shorten(line.message, 2000)) for line in newest]
+    sizes = itertools.accumulate(len(line.message) + 60 for line in cut)
+    lines = [line for line, size in zip(cut, sizes) if size <= PAGE_LOG_CHARACTERS][::-1]
     progress: Dict[str, Any] = json.loads(job.progress or '{"fraction": 0, "message": null}')
+    error: Dict[str, Any] = json.loads(job.error or "{}")
+    message, trace = str(error.pop("message", "")), str(error.pop("traceback", None) or "")
     facts: List[Tuple[str, Any]] = [
         ("Type", job.job_type), ("Submitted", _time(job.requested_timestamp, now, True)),
         ("Started", _time(job.started_timestamp, now, True)), ("Ended", _time(job.finished_timestamp, now, True)),
         ("Duration", _duration(job, now)), ("Attempts", job.attempts),
         ("Resubmitted from", job.resubmitted_from and _job_link(job.resubmitted_from)),
         *((_shorten(key, 60), _shorten(value, 300)) for key, value in _metadata_texts(job))]
-    levels = [("", "all"), *((name, f"{name} and above") for name in reversed(list(LEVELS)))]
+    wait = None if job.callback_at is None else job.callback_at - now
+    callback = _facts([
+        ("To", job.result_url), ("Status", job.callback_status),
+        ("Attempts", job.callback_attempts if job.callback_status else None),
+        ("Last error", job.callback_error or None),
+        ("Next attempt", None if wait is None else f"in {human_seconds(wait)}" if wait > 0 else "now")])
     return render_page(viewer, job.job_id, render(
         _JOB_PAGE, id=job.job_id, path=path, state=job.state, word=STATE_WORDS.get(job.state, job.state),
         action=_form(path + "/cancel", "Cancel") if is_pending else
         _form(path + "/resubmit", "Resubmit", render(_KEY_FIELD, required=Html(" required"))),
         delete=_form(path + "/delete", "Delete permanently", kind="danger"),
         hidden=_when(not job.progress, " hidden"), fraction=progress["fraction"],
-        progress=f"{progress['fraction'] * 100:.0f} % {progress['message'] or ''}", error=_error_section(job),
-        facts=_facts(facts[:60]), result=_result(job, path), callback=_callback(job, path, now),
-        level=_select("Level", "level", levels, view.level), levels=" ".join(LEVELS.get(view.level, ())),
-        last=view.last_id, events=_when(is_pending and path, ' data-events="$value/events"'),
-        lines=_each('<li class="$level">$time <b>$level</b> $message</li>', "level time message", (
-            (line.level, line.timestamp[11:23], line.message) for line in view.lines)),
+        progress=f"{progress['fraction'] * 100:.0f} % {progress['message'] or ''}",
+        error=_when(job.error, render(
+            "<section><h2>Error</h2><p>$message</p>$rest$trace</section>",
+            message=_shorten(message, PAGE_TEXT_CHARACTERS),
+            rest=_when(error and _shorten(to_json(error), PAGE_TEXT_CHARACTERS), '<pre tabindex="0">$value</pre>'),
+            trace=_when(trace[-PAGE_TEXT_CHARACTERS:], _TRACE))),
+        facts=_facts(facts[:60]), result=_result(job, path),
+        callback=callback if job.result_url else "None: the job was submitted without a result_url.",
+        again=_when(job.result_url and not is_pending and _form(
+            path + "/callback", "Send again", render(_KEY_FIELD, required="")), "$value"),
+        level=_select("Level", "level", [("", "all"), *((name, f"{name} and above") for name in reversed(LEVELS))],
+                      level),
+        levels=" ".join(LEVELS.get(level, ())), last=last_id,
+        events=_when(is_pending and path, ' data-events="$value/events"'),
+        lines=_each('<li class="$level">$time <b>$level</b> $message</li>', (
+            (line.level, line.timestamp[11:23], line.message) for line in lines)),
         input=Html("<p>None.</p>") if job.sent_data in (None, "null") else
-        _copyable("input", _indent(job.sent_data), path + "?_format=json")), state=job.state)
-
-
-def _error_section(job: Job) -> Html:
-    if job.error is None:
-        return Html("")
-    error = json.loads(job.error)
-    message, trace = str(error.pop("message", "")), str(error.pop("traceback", None) or "")
-    return render(
-        "<section><h2>Error</h2><p>$message</p>$rest$trace</section>", message=_shorten(message, PAGE_TEXT_CHARACTERS),
-        rest=_when(error and _shorten(to_json(error), PAGE_TEXT_CHARACTERS), '<pre tabindex="0">$value</pre>'),
-        trace=_when(trace[-PAGE_TEXT_CHARACTERS:], _TRACE))
+        _copyable("input", job.sent_data, path + "?_format=json", True)))
 
 
 def _result(job: Job, path: str) -> Html:
@@ -4975,35 +4933,22 @@ def _result(job: Job, path: str) -> Html:
         rows = [[_shorten(cell, 100) for cell in row[:20]] for row in itertools.islice(lines, 51)] or [[]]
         content = _when(_table("csv", rows[0], rows[1:]), _SCROLL)
     elif not isinstance(job.data, bytes):
-        is_text = (job.data or "").startswith('"')
-        content = _copyable("data", text if is_text else _indent(text), path + "/data")
+        content = _copyable("data", text, path + "/data", not (job.data or "").startswith('"'))
     return render('<p><a href="$path/data">$kind, $size bytes</a></p>$content', path=path, kind=kind,
                   size=f"{len(body):,}", content=content)
 
 
-def _callback(job: Job, path: str, now: float) -> Html:
-    if job.result_url is None:
-        return Html("None: the job was submitted without a result_url.")
-    wait = None if job.callback_at is None else job.callback_at - now
-    facts = _facts([
-        ("To", job.result_url), ("Status", job.callback_status),
-        ("Attempts", job.callback_attempts if job.callback_status else None),
-        ("Last error", job.callback_error or None),
-        ("Next attempt", None if wait is None else f"in {human_seconds(wait)}" if wait > 0 else "now")])
-    again = _form(path + "/callback", "Send again", render(_KEY_FIELD, required=""))
-    return facts + _when(job.status != PENDING, again)
-
-
-def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str], error: str = "") -> Html:
-    controls = (("Data (JSON)", "data", '<textarea $name spellcheck="false">$value</textarea>'),
-                ("Metadata (a JSON object)", "metadata", '<textarea $name spellcheck="false">$value</textarea>'),
-                ("Callback URL", "result_url", '<input $name type="url" value="$value" size="60">'),
-                ("API key", "api_key", '<input $name value="$value" required autocomplete="off">'))
-    fields = [_select("Job type", "job_type", [*zip(types, types)], form.get("job_type", "")),
-              *(_field(text, name, control, form.get(name, "")) for text, name, control in controls)]
+def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str],
+                error: Optional[CspError] = None) -> Response:
+    text = '<textarea $name spellcheck="false">$value</textarea>'
+    fields = [_select("Job type", "job_type", [*zip(types, types)], form.get("job_type", "")), *(
+        _field(label, name, control, form.get(name, "")) for label, name, control in (
+            ("Data (JSON)", "data", text), ("Metadata (a JSON object)", "metadata", text),
+            ("Callback URL", "result_url", '<input $name type="url" value="$value" size="60">'),
+            ("API key", "api_key", '<input $name value="$value" required autocomplete="off">')))]
     return render_page(viewer, "Try it", render(
         "<h1>Try it</h1>$error<section>$form</section>", error=_when(error, _ALERT), form=_form(
-            "/console/submit", "Submit", _each("<p>$field</p>", "field", zip(fields)), "main")))
+            "/console/submit", "Submit", _each("<p>$field</p>", zip(fields)), "main")), error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5258,11 +5203,10 @@ class Service:
             response = Response.error(error)
         elif isinstance(error, Forbidden) and route is not None and route.access == JOB_KEY and route.page and (
                 request.is_safe):
-            response = page_response(key_page(self._stranger(request.path), request.path.rstrip("/")), 403)
+            response = key_page(self._stranger(request.path), request.path.rstrip("/"))
         else:
             viewer = self._stranger(request.target if request.is_safe else "/job")  # where signing in leads
-            headers = [(name, value) for name, value in error.headers if name != "WWW-Authenticate"]
-            response = page_response(error_page(viewer, error), error.status, headers)
+            response = error_page(viewer, error)
         response.headers.append(("Vary", "Accept"))
         return response
 
@@ -5640,41 +5584,38 @@ class Service:
         failures = [seq for seq, _ in self.store.list_jobs(5, status=ERROR)] if viewer.is_admin else []
         types = [job_type for job_type in map(self.registry.get, self.registry.names()) if job_type is not None]
         url = f"{request.scheme}://{request.headers.get('host') or 'localhost'}/job"
-        return page_response(overview_page(viewer, Overview(
-            self._count_states(), self.store.count_by_hour(int(now // 3600) - CHART_HOURS), now,
-            self.store.get_light_jobs(failures), types, self.store.count_by_type(), url, ROUTES,
-            dict(request.query).get("type", ""))))
+        return overview_page(
+            viewer, self._count_states(), self.store.count_by_hour(int(now // 3600) - CHART_HOURS), now,
+            self.store.get_light_jobs(failures), types, self.store.count_by_type(), url, ROUTES)
 
     def login_page(self, request: Request) -> Response:
         viewer, path = self._stranger("/login"), self._next_path(request)
         if request.method != "POST" and basic_credentials(request) is None:
-            return page_response(login_page(viewer, path))
+            return login_page(viewer, path)
         try:
             return self.log_in(request)
         except CspError as error:
-            page = login_page(viewer, path, request.form.get("username", ""), error.message)
-            return page_response(page, error.status, [pair for pair in error.headers if pair[0] == "Retry-After"])
+            return login_page(viewer, path, request.form.get("username", ""), error)
 
     def jobs_page(self, request: Request) -> Response:
         jobs, following = self._choose_jobs(request, PAGE_ROWS, PAGE_ROWS)
         shown = self.store.get_light_jobs(seq for seq, _ in jobs)
-        return page_response(jobs_page(self._viewer(request), JobsView(
-            shown, dict(request.query), following, self.registry.names(), self.settings["KEEP_JOBS_AGE"],
-            time.time())))
+        return jobs_page(
+            self._viewer(request), shown, dict(request.query), following, self.registry.names(),
+            self.settings["KEEP_JOBS_AGE"], time.time())
 
     def job_page(self, request: Request, job: Job) -> Response:
         level = dict(request.query).get("level", "")
         newest = self.store.list_newest_logs(job.seq, 1)
         lines = self.store.list_newest_logs(job.seq, PAGE_LINES, LEVELS.get(level, ()))
-        return page_response(job_page(self._viewer(request), JobView(
-            job, fit_lines([line for _, line in lines]), newest[0][0] if newest else 0,
-            level if level in LEVELS else "", time.time())))
+        return job_page(self._viewer(request), job, [line for _, line in lines], newest[0][0] if newest else 0, level,
+                        time.time())
 
     def take_key(self, request: Request, job_id: str) -> Response:
         """Take the key of a job from its form, and keep it in a cookie for this job alone."""
         job, path = self._find_job(job_id), job_path(job_id)
         if not job.job_key or not is_same(request.form.get("job_key", "").strip(), job.job_key):
-            return page_response(key_page(self._stranger(path), path, "That is not the key of this job."), 403)
+            return key_page(self._stranger(path), path, "That is not the key of this job.")
         return Response.redirect(path, [set_cookie(request, KEY_COOKIE, job.job_key, path)])
 
     def cancel_form(self, request: Request, job: Job) -> Response:
@@ -5723,9 +5664,9 @@ class Service:
     def submit_form(self, request: Request) -> Response:
         viewer, form = self._viewer(request), request.form
         if request.method != "POST":
-            return page_response(submit_page(viewer, self.registry.names(), {
+            return submit_page(viewer, self.registry.names(), {
                 "job_type": dict(request.query).get("type", ""),
-                "api_key": "" if self.settings["API_KEYS"] else "console"}))
+                "api_key": "" if self.settings["API_KEYS"] else "console"})
         try:
             body: Dict[str, Any] = {name: form[name] for name in ("job_type", "api_key", "result_url")
                                     if form.get(name)}
@@ -5737,8 +5678,7 @@ class Service:
                         raise Conflict(f"{name} is not JSON: {error}") from None
             job = self._queue(check_submission(body, self.registry))
         except CspError as error:  # with the form as it was typed
-            page = submit_page(viewer, self.registry.names(), form, error.message)
-            return page_response(page, error.status, error.headers)
+            return submit_page(viewer, self.registry.names(), form, error)
         return _go_to(job_path(job.job_id), "submit")
 
     def show_style(self, request: Request) -> Response:
