@@ -4782,7 +4782,8 @@ def _metadata_texts(job: Job) -> List[Tuple[str, str]]:
 def _copyable(identifier: str, text: str, address: str = "", is_json: bool = False) -> Html:
     """Return the beginning of a text with a button to copy it and, if there is more, a link to the whole."""
     if is_json and len(text) <= PARSED_CHARACTERS:
-        text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
+        with suppress(RecursionError):  # a result may nest deeper than Python can print
+            text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
     return render(_COPYABLE + _MORE * (len(text) > PAGE_TEXT_CHARACTERS), id=identifier, address=address,
                   text=text[:PAGE_TEXT_CHARACTERS], shown=f"{PAGE_TEXT_CHARACTERS:,}", all=f"{len(text):,}")
 
