@@ -3414,7 +3414,7 @@ class Runner:
         self._alone_until = 0.0  # monotonic
         self._is_woken = self._may_claim = True
         self._claim_at: Optional[float] = None  # when to look for due jobs (monotonic), None: when woken
-        self._is_paused = self._is_stopping = False
+        self.is_paused = self._is_stopping = False
         store.on_queued = self.wake
         for job in store.list_running():  # when the process before this one ended
             ending = Ending(CRASHED, reason=STOPPED_MESSAGE)
@@ -3434,9 +3434,6 @@ class Runner:
         with self._condition:
             self._is_woken = self._may_claim = True
             self._condition.notify()
-
-    def pause(self) -> None:
-        self._is_paused = True
 
     def stop(self, grace_seconds: float) -> bool:
         """Claim no more jobs and wait for the running ones; return whether all have ended and are recorded.
@@ -3511,7 +3508,7 @@ class Runner:
         A suspect runs alone: it is started when no other job has started for a while, and others only a while later.
         """
         free, alone_seconds = self._workers - self._busy, self._alone_until - time.monotonic()
-        if self._is_paused or free <= 0:
+        if self.is_paused or free <= 0:
             return None
         if self._busy and alone_seconds > 0:
             return alone_seconds
@@ -3569,20 +3566,14 @@ class Runner:
             self._end(attempt, Ending(ENDED, outcome))
             return
         try:
-            self._engine.start(job, job_type, run, functools.partial(self._read_ending_soon, attempt))
+            # an executor's own thread must not wait for the disk
+            self._engine.start(job, job_type, run, lambda future: self._pool.submit(self._read_ending, attempt, future))
         except NotStarted as error:
             self._end(attempt, Ending(NOT_STARTED, reason=str(error)))
         except ValueError as error:
             self._end(attempt, Ending(ENDED, failure(safe_text(error))))
         if run.is_cancelled:  # told to stop before there was a future
             run.tell_to_stop()
-
-    def _read_ending_soon(self, attempt: Attempt, future: Future[str]) -> None:
-        """Read the ending in a thread of our own: an executor's must not wait for the disk."""
-        try:
-            self._pool.submit(self._read_ending, attempt, future)
-        except RuntimeError:  # the interpreter is about to end, or there are no more threads
-            self._read_ending(attempt, future)
 
     def _read_ending(self, attempt: Attempt, future: Future[str]) -> None:
         if self._engine is not None and isinstance(attempt.run, RemoteRun) and not attempt.run.is_ended:
@@ -3611,18 +3602,14 @@ class Runner:
                 raise
             return None
         finally:
-            self._leave(attempt)
-
-    def _leave(self, attempt: Attempt) -> None:
-        run, job, _ = attempt
-        with self._condition:
-            self._flush_at.pop(run, None)
-            if self._attempts.get(job.seq) is attempt:
-                del self._attempts[job.seq]
-                self._busy -= not job.synchronous
-            if not job.synchronous or self._is_stopping:
-                self._is_woken = self._may_claim = True
-                self._condition.notify_all()
+            with self._condition:
+                self._flush_at.pop(run, None)
+                if self._attempts.get(job.seq) is attempt:
+                    del self._attempts[job.seq]
+                    self._busy -= not job.synchronous
+                if not job.synchronous or self._is_stopping:
+                    self._is_woken = self._may_claim = True
+                    self._condition.notify_all()
 
     def _record(self, job: Job, decision: Union[Finish, Requeue], run: Optional[Run]) -> Optional[Job]:
         """Store what was decided; if the disk cannot take it, keep it for the loop and raise Unavailable.
@@ -3729,8 +3716,13 @@ class Runner:
         attempt = begun[0]
         run, _, job_type = attempt
         assert job_type is not None, "a submission has been checked"
+        function = job_type.function
+
+        def call() -> Union[Outcome, Callable[[], Iterable[Any]]]:
+            return call_function(function, run, read_input, streams=True) if run.begin() else failure(CANCELLED)
+
         try:
-            ending = self._call(job_type, run, read_input)
+            ending = self._call_in_time(run, call)
             if callable(ending):
                 self._store.store_held_job(job.seq)
                 return run, self._stream(attempt, ending)
@@ -3739,67 +3731,43 @@ class Runner:
             raise
         return run, self._end(attempt, ending, must_raise=True)
 
-    def _call(self, job_type: JobType, run: Run, read_input: Callable[[], Dict[str, Any]],
-              ) -> Union[Ending, Callable[[], Iterable[Any]]]:
-        def call() -> Union[Outcome, Callable[[], Iterable[Any]]]:
-            if not run.begin():
-                return failure(CANCELLED)
-            return call_function(job_type.function, run, read_input, streams=True)
-
+    def _call_in_time(self, run: Run, call: Callable[[], Union[Outcome, Callable[[], Iterable[Any]]]],
+                      ) -> Union[Ending, Callable[[], Iterable[Any]]]:
+        """Call in this thread or, where the job has a timeout, in one that can be left behind."""
         try:
-            outcome = self._call_in_time(run, call)
+            outcome = call() if run.deadline is None else self._pool.submit(call).result(
+                max(0.0, run.deadline - time.monotonic()))
         except FutureTimeoutError:
             run.tell_to_stop()
             return Ending(TIMED_OUT, reason=_timeout_message(run.timeout_seconds))
         except RuntimeError as error:  # no more threads
-            if not run.begin():
-                raise
             return Ending(NOT_STARTED, reason=f"It could not be started: {error}.")
         return Ending(ENDED, outcome) if isinstance(outcome, Outcome) else outcome
 
     def _stream(self, attempt: Attempt, function: Callable[[], Iterable[Any]]) -> Iterator[bytes]:
         """Yield what iterating ``function()`` yields, as bytes; end the job when that ends or takes too long."""
-        run = attempt.run
-        ending = Ending(ENDED, failure("The client went away before the result was complete."))
         parts = itertools.chain.from_iterable(make() for make in (function,))  # calls it when the first is read
 
-        def read() -> Union[bytes, Outcome]:
-            token = _current_run.set(run)
-            try:
-                for part in parts:
-                    return encode_part(part)
-                return Outcome(COMPLETE)
-            except JobCancelled:
-                return failure(CANCELLED)
-            except BaseException as error:  # noqa: BLE001 - what the job raises is its own
-                return Outcome(ERROR, error=error_document(error))
-            finally:
-                _current_run.reset(token)
+        def read(task_id: str, input: Dict[str, Any]) -> Optional[bytes]:
+            for part in parts:
+                return encode_part(part)
+            return None
 
+        ending = gone = Ending(ENDED, failure("The client went away before the result was complete."))
         try:
-            part = self._call_in_time(run, read)
-            while not isinstance(part, Outcome):
-                yield part
-                part = self._call_in_time(run, read)
-            ending = Ending(ENDED, part)
-            if part.status == ERROR:
-                raise StreamBroken
-        except FutureTimeoutError:
-            run.tell_to_stop()
-            ending = Ending(TIMED_OUT, reason=_timeout_message(run.timeout_seconds))
-            raise StreamBroken from None
-        except RuntimeError as error:  # no more threads
-            ending = Ending(ENDED, failure(f"It could not be continued: {error}."))
-            raise StreamBroken from error
+            while True:
+                part = self._call_in_time(
+                    attempt.run, lambda: call_function(read, attempt.run, dict, streams=False))
+                assert isinstance(part, Ending)
+                ending = part
+                if part.outcome is None or part.outcome.status == ERROR:
+                    raise StreamBroken
+                if not isinstance(part.outcome.data, bytes):
+                    return
+                ending = gone
+                yield part.outcome.data
         finally:
             self._end(attempt, ending, must_raise=True)
-
-    def _call_in_time(self, run: Run, call: Callable[[], T]) -> T:
-        """Call in this thread or, where the job has a timeout, in one that can be left behind; raise FutureTimeoutError
-        at the timeout, RuntimeError if there is no thread. What ``call`` raises must be neither."""
-        if run.deadline is None:
-            return call()
-        return self._pool.submit(call).result(max(0.0, run.deadline - time.monotonic()))
 
 
 def _timeout_message(timeout_seconds: Optional[float]) -> str:
@@ -5132,7 +5100,7 @@ class Service:
     def release(self) -> None:
         """End event streams and answer everybody who waits for a job: the service is about to stop."""
         self._closing.set()
-        self.runner.pause()
+        self.runner.is_paused = True
         self.store.release()
 
     def close(self, grace_seconds: Optional[float] = None) -> bool:
