@@ -7887,7 +7887,7 @@ class TestEvents:
         environ.update(REQUEST_METHOD="GET", PATH_INFO="/events")
         parts = csp.Wsgi(service.service)(environ, lambda status, headers: None)
         assert next(parts).startswith(b"event: stats\ndata: {")
-        assert service.service.store.count_watchers(csp.ANY_JOB) == 1
+        assert service.service.store.count_watchers("") == 1
         parts.close()
         assert service.service.store._watchers == {}
 
@@ -7996,11 +7996,11 @@ class TestEvents:
         before = threading.active_count()
         streams = [events(service.client, job) for _ in range(40)] + [events(service.client) for _ in range(10)]
         watched(service, job["job_id"], 41)
-        watched(service, csp.ANY_JOB, 10)
+        watched(service, "", 10)
         for stream in streams:
             stream.close()
         store = service.service.store
-        eventually(lambda: store.count_watchers(job["job_id"]) == 1 and not store.count_watchers(csp.ANY_JOB))
+        eventually(lambda: store.count_watchers(job["job_id"]) == 1 and not store.count_watchers(""))
         eventually(lambda: threading.active_count() <= before)
 
     # -- the numbers
