@@ -4125,14 +4125,18 @@ class Route(NamedTuple):
     method: str
     path: str
     endpoint: Callable[..., Response]
-    summary: str
-    answer: str
+    answer: str = "text/html"
     access: str = ANYBODY
     body: str = ""
     parameters: Tuple[str, ...] = ()
     refusals: Tuple[int, ...] = ()
     page: Optional[Callable[..., Response]] = None
     columns: str = LIGHT
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the endpoint's docstring, in one line."""
+        return " ".join((self.endpoint.__doc__ or "").partition(".")[0].split())
 
 
 class Router:
@@ -5290,24 +5294,22 @@ def check_submission(body: Dict[str, Any], registry: Registry) -> Job:
     api_key = check_api_key(body.get("api_key"))
     if metadata is not None and not isinstance(metadata, dict):
         raise Conflict("metadata has to be a json object")
-    texts: Dict[str, Optional[str]] = {"data": None, "metadata": None}
-    for key in texts:
-        try:
-            if key in body and (key == "data" or metadata is not None):
-                texts[key] = to_json(body[key])
-        except (ValueError, RecursionError):
-            raise Conflict(f"Malformed json: {key} holds a number that is not finite") from None
-    return Job(seq=0, job_id="", job_type=job_type.name, status=PENDING, sent_data=texts["data"], data=None, error=None,
-               metadata=texts["metadata"], result_url=url or None, api_key=api_key, job_key="", requested_timestamp="",
-               synchronous=int(job_type.synchronous), callback_host=callback_host(url) if url else None)
+    try:
+        return Job(
+            seq=0, job_id="", job_type=job_type.name, status=PENDING, data=None, error=None, result_url=url or None,
+            sent_data=to_json(body["data"]) if "data" in body else None,
+            metadata=None if metadata is None else to_json(metadata), api_key=api_key, job_key="",
+            requested_timestamp="", synchronous=int(job_type.synchronous),
+            callback_host=callback_host(url) if url else None)
+    except (ValueError, RecursionError):
+        raise Conflict("Malformed json: a number in it is not finite") from None
 
 
 def check_api_key(api_key: Any) -> Union[str, int, float]:
     if api_key is None or api_key is False or api_key == "":
         raise Conflict("Please provide your API key.")
-    if isinstance(api_key, bool) or not isinstance(api_key, (str, int, float)):
-        raise Conflict("api_key has to be a string or a number")
-    if not isinstance(api_key, str) and not abs(api_key) < 2**63:
+    if not isinstance(api_key, (str, int, float)) or isinstance(api_key, bool) or not (
+            isinstance(api_key, str) or abs(api_key) < 2**63):
         raise Conflict("api_key has to be a string or a number of at most 64 bits")
     callback_header(api_key)
     return api_key
@@ -5322,30 +5324,19 @@ def hash_submission(job: Job, job_key: str) -> str:
 
 def check_report(body: Dict[str, Any]) -> Dict[str, Any]:
     """Return the report of a worker; raise Conflict if it is none, because a job can send anything."""
-    def is_number(value: Any, limit: float = 2**31, kinds: Any = int) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < limit
+    def has(value: Any, kinds: Mapping[str, Any]) -> bool:
+        return isinstance(value, dict) and set(value) == set(kinds) and all(
+            type(field) in kinds[name] and (isinstance(field, (str, dict, list, type(None))) or 0 <= field < 2**31)
+            for name, field in value.items())
 
-    def is_line(line: Any) -> bool:
-        return (isinstance(line, dict) and set(line) == set(LogLine._fields) and is_number(line["lineno"])
-                and all(isinstance(line[name], str) for name in LogLine._fields if name != "lineno")
-                and bool(re.fullmatch(_TIMESTAMP, line["timestamp"])))
-
-    execution, lines, progress = body.get("execution"), body.get("lines"), body.get("progress")
-    checks = {
-        "execution": isinstance(execution, str) and 0 < len(execution) <= 100,
-        "first": is_number(body.get("first")),
-        "lines": isinstance(lines, list) and all(map(is_line, lines)),
-        "progress": progress is None or (
-            isinstance(progress, dict) and set(progress) == {"fraction", "message"}
-            and is_number(progress["fraction"], 1e9, (int, float))
-            and isinstance(progress["message"], (str, type(None)))),
-        "seconds": is_number(body.get("seconds"), 1e9, (int, float))}
-    for name, is_good in checks.items():
-        if not is_good:
-            raise Conflict(f"{name} has to be as openapi.json describes it")
-    extra = sorted(set(body) - set(checks))
-    if extra:
-        raise Conflict(f"Too many arguments. Extra keys are {', '.join(extra)}")
+    text, nothing = (str,), type(None)
+    is_report = has(body, {"execution": text, "first": (int,), "lines": (list,), "progress": (dict, nothing),
+                           "seconds": (int, float)})
+    line = {**dict.fromkeys(LogLine._fields, text), "lineno": (int,)}
+    if not is_report or not 0 < len(body["execution"]) <= 100 or not all(
+            has(value, line) and re.fullmatch(_TIMESTAMP, value["timestamp"]) for value in body["lines"]) or not (
+            body["progress"] is None or has(body["progress"], {"fraction": (int, float), "message": (str, nothing)})):
+        raise Conflict("This is no report as openapi.json describes it")
     return body
 
 
@@ -5536,18 +5527,15 @@ class Service:
     def _repeat(self, job: Job, new_key: Mapping[str, Any]) -> Job:
         return check_submission({**job.read_input(), **new_key}, self.registry)._replace(resubmitted_from=job.job_id)
 
-    def _check_admission(self, submitted: Job, count: int = 1) -> None:
+    def _submit(self, request: Request, submitted: Job, job_id: Optional[str] = None) -> Response:
+        """Store a checked submission, or run it at once if it is synchronous and the client does not prefer else."""
+        if job_id is not None and not re.fullmatch(_JOB_ID, job_id):
+            raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
         if not self.auth.may_submit(submitted.api_key or ""):
             raise Forbidden("This api_key may not submit jobs.")
         limit = self.settings["MAX_PENDING"]
-        if limit is not None and self.store.count_jobs()[PENDING] + count > limit:
+        if limit is not None and self.store.count_jobs()[PENDING] >= limit:
             raise Unavailable(f"There may be {limit:,} unfinished jobs at most; try again later.", 30)
-
-    def _submit(self, request: Request, submitted: Job, job_id: Optional[str] = None) -> Response:
-        """Store a checked submission, or run it at once: a synchronous one, unless the client rather waits or asks."""
-        if job_id is not None and not re.fullmatch(_JOB_ID, job_id):
-            raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
-        self._check_admission(submitted)
         is_now = bool(submitted.synchronous) and not self._read_preferences(request)[1]
         now, (new_id, job_key) = time.time(), make_ids()
         requested = timestamp(now)
@@ -5645,15 +5633,10 @@ class Service:
 
     def delete_job(self, request: Request, job: Job) -> Response:
         """Delete a job with its log and metadata; if it runs, tell it to stop and drop its result."""
-        if not self._delete(job):
+        if self.store.delete_job(job) is None:
             raise CspError(404, "job_id not found")
+        self.runner.tell_to_stop(job)
         return Response.json({"success": True})
-
-    def _delete(self, job: Job) -> bool:
-        deleted = self.store.delete_job(job)
-        if deleted is not None and deleted.state == RUNNING:
-            self.runner.tell_to_stop(deleted)
-        return deleted is not None
 
     def clear_jobs(self, request: Request) -> Response:
         """Delete the jobs that finished more than ``days`` days ago."""
@@ -5695,18 +5678,14 @@ class Service:
 
     # -- events
 
-    def stream_job_events(self, request: Request, job: Job) -> Response:
-        """Stream what happens to a job as Server-Sent Events, until it has ended."""
+    def stream_events(self, request: Request, job: Optional[Job] = None) -> Response:
+        """Stream what happens to a job until it has ended, or the numbers of jobs, as Server-Sent Events."""
         last_id = request.headers.get("last-event-id") or dict(request.query).get("last_event_id") or "0"
         if not re.fullmatch("[0-9]{1,18}", last_id):
             raise Conflict("Last-Event-ID has to be an id that this stream has sent")
         return Response(200, self._events(request, job, int(last_id)), "text/event-stream", STREAM_HEADERS)
 
-    def stream_events(self, request: Request) -> Response:
-        """Stream the numbers of jobs as Server-Sent Events, whenever they change."""
-        return Response(200, self._events(request, None), "text/event-stream", STREAM_HEADERS)
-
-    def _events(self, request: Request, job: Optional[Job], log_id: int = 0) -> Iterator[bytes]:
+    def _events(self, request: Request, job: Optional[Job], log_id: int) -> Iterator[bytes]:
         """Yield the log after ``log_id`` and whatever has changed, until the job has ended; or the numbers of jobs."""
         sent: Dict[str, Any] = {}
         next_comment = time.monotonic() + KEEP_ALIVE_SECONDS
@@ -5840,14 +5819,13 @@ class Service:
         job_ids = dict.fromkeys(value for name, value in request.fields if name == "job_id")
         jobs = list(filter(None, map(self.store.get_job, job_ids)))
         if action == "resubmit":
-            again = [self._repeat(job, {"api_key": form["api_key"]} if form.get("api_key") else {}) for job in jobs]
-            for submitted in again:  # all or none
-                self._check_admission(submitted, len(again))
-            for submitted in again:
+            new_key = {"api_key": form["api_key"]} if form.get("api_key") else {}
+            for submitted in [self._repeat(job, new_key) for job in jobs]:  # all are checked before one is stored
                 self._submit(Request("POST", "/job", {"prefer": "respond-async"}), submitted)
         for job in jobs:
             if action == "delete":
-                self._delete(job)
+                self.store.delete_job(job)
+                self.runner.tell_to_stop(job)
             elif action == "cancel":
                 with suppress(Conflict):  # it has finished
                     self.runner.cancel(job)
@@ -5910,52 +5888,49 @@ def _asset(text: str, kind: str) -> Callable[..., Response]:
 
 
 ROUTES = (
-    Route("GET", "/", Service.show_help, "where the documentation is", "Help", page=Service.overview_page),
-    Route("GET", "/status", Service.show_status, "version, job types, name, numbers of jobs", "Status"),
-    Route("GET", "/events", Service.stream_events, "numbers of jobs, as they change", "text/event-stream"),
-    Route("GET", "/metrics", Service.show_metrics, "measurements for Prometheus", "text/plain"),
-    Route("GET", "/openapi.json", Service.show_openapi, "this description of the interface", "application/json"),
-    Route("GET", "/login", Service.log_in, "begin a session with Basic auth", "redirect",
-          parameters=("next",), refusals=(401, 403), page=Service.login_page),
-    Route("POST", "/login", Service.log_in, "begin a session with Basic auth or a form", "redirect", body="Login",
-          parameters=("next",), refusals=(401, 403), page=Service.login_page),
-    Route("GET", "/logout", Service.log_out, "end the session", "redirect", parameters=("next",)),
-    Route("POST", "/logout", Service.log_out, "end the session", "redirect", parameters=("next",)),
-    Route("GET", "/user", Service.show_user, "who is logged in", "User"),
-    Route("GET", "/job", Service.list_jobs, "list job ids", "JobList", LISTERS,
-          parameters=(*LIST_PARAMETERS[:6], "metadata"), page=Service.jobs_page),
-    Route("POST", "/job", Service.submit, "submit a job", "SubmittedJob", body="Submission", parameters=("Prefer",),
-          refusals=(403,)),
-    Route("DELETE", "/job", Service.clear_jobs, "clear old jobs", "Cleared", ADMIN, parameters=("days",)),
-    Route("GET", "/job/<job_id>", Service.show_job, "show a job", "Job", JOB_KEY, parameters=("limit", "Prefer"),
+    Route("GET", "/", Service.show_help, "Help", page=Service.overview_page),
+    Route("GET", "/status", Service.show_status, "Status"),
+    Route("GET", "/events", Service.stream_events, "text/event-stream"),
+    Route("GET", "/metrics", Service.show_metrics, "text/plain"),
+    Route("GET", "/openapi.json", Service.show_openapi, "application/json"),
+    Route("GET", "/login", Service.log_in, "redirect", parameters=("next",), refusals=(401, 403),
+          page=Service.login_page),
+    Route("POST", "/login", Service.log_in, "redirect", body="Login", parameters=("next",), refusals=(401, 403),
+          page=Service.login_page),
+    Route("GET", "/logout", Service.log_out, "redirect", parameters=("next",)),
+    Route("POST", "/logout", Service.log_out, "redirect", parameters=("next",)),
+    Route("GET", "/user", Service.show_user, "User"),
+    Route("GET", "/job", Service.list_jobs, "JobList", LISTERS, parameters=(*LIST_PARAMETERS[:6], "metadata"),
+          page=Service.jobs_page),
+    Route("POST", "/job", Service.submit, "SubmittedJob", body="Submission", parameters=("Prefer",), refusals=(403,)),
+    Route("DELETE", "/job", Service.clear_jobs, "Cleared", ADMIN, parameters=("days",)),
+    Route("GET", "/job/<job_id>", Service.show_job, "Job", JOB_KEY, parameters=("limit", "Prefer"),
           page=Service.job_page, columns=WHOLE),
-    Route("POST", "/job/<job_id>", Service.submit, "submit a job under an id of your own", "SubmittedJob",
-          body="Submission", parameters=("Prefer",), refusals=(403,)),
-    Route("PUT", "/job/<job_id>", Service.put_job, "submit a job under an id of your own; may be repeated",
-          "SubmittedJob", body="Submission", parameters=("Prefer",), refusals=(403,)),
-    Route("DELETE", "/job/<job_id>", Service.delete_job, "delete a job", "Success", JOB_KEY),
-    Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job", RAW_RESULT, JOB_KEY,
-          parameters=("Prefer",), columns=RESULT),
-    Route("GET", "/job/<job_id>/events", Service.stream_job_events, "what happens to a job, as it happens",
-          "text/event-stream", JOB_KEY, parameters=("Last-Event-ID", "last_event_id")),
-    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job", "Job", JOB_KEY,
+    Route("POST", "/job/<job_id>", Service.submit, "SubmittedJob", body="Submission", parameters=("Prefer",),
+          refusals=(403,)),
+    Route("PUT", "/job/<job_id>", Service.put_job, "SubmittedJob", body="Submission", parameters=("Prefer",),
+          refusals=(403,)),
+    Route("DELETE", "/job/<job_id>", Service.delete_job, "Success", JOB_KEY),
+    Route("GET", "/job/<job_id>/data", Service.show_data, RAW_RESULT, JOB_KEY, parameters=("Prefer",), columns=RESULT),
+    Route("GET", "/job/<job_id>/events", Service.stream_events, "text/event-stream", JOB_KEY,
+          parameters=("Last-Event-ID", "last_event_id")),
+    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "Job", JOB_KEY,
           page=form_of(Service.cancel_job, "cancel")),
-    Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "submit a job again", "SubmittedJob", JOB_KEY,
-          body="NewKey", parameters=("Prefer",), page=form_of(Service.resubmit_job, "resubmit"), columns=WHOLE),
-    Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again", "Job", JOB_KEY,
-          body="NewKey", page=form_of(Service.send_callback, "callback")),
-    Route("POST", "/job/<job_id>/report", Service.take_report, "report from the worker that runs a job elsewhere",
-          "Instruction", RUN_TOKEN, body="Report"),
+    Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "SubmittedJob", JOB_KEY, "NewKey", ("Prefer",),
+          page=form_of(Service.resubmit_job, "resubmit"), columns=WHOLE),
+    Route("POST", "/job/<job_id>/callback", Service.send_callback, "Job", JOB_KEY, "NewKey",
+          page=form_of(Service.send_callback, "callback")),
+    Route("POST", "/job/<job_id>/report", Service.take_report, "Instruction", RUN_TOKEN, "Report"),
 )
 CONSOLE_ROUTES = (  # used by the pages alone
-    Route("GET", STYLE_PATH, _asset(STYLE, "text/css"), "the style of the pages", "text/css"),
-    Route("GET", SCRIPT_PATH, _asset(SCRIPT, "text/javascript"), "the script of the pages", "text/javascript"),
-    Route("GET", "/console/submit", Service.submit_form, "the form that submits a job", "text/html", ADMIN),
-    Route("POST", "/console/submit", Service.submit_form, "submit a job", "text/html", ADMIN),
-    Route("POST", "/console/selection", Service.act_on_selection, "act on the chosen jobs", "text/html", ADMIN),
-    Route("POST", "/console/clear", form_of(Service.clear_jobs, "clear"), "clear old jobs", "text/html", ADMIN),
-    Route("POST", "/job/<job_id>/delete", form_of(Service.delete_job, "delete"), "delete a job", "text/html", JOB_KEY),
-    Route("POST", "/job/<job_id>/key", Service.take_key, "take the key of a job", "text/html"),
+    Route("GET", STYLE_PATH, _asset(STYLE, "text/css")),
+    Route("GET", SCRIPT_PATH, _asset(SCRIPT, "text/javascript")),
+    Route("GET", "/console/submit", Service.submit_form, access=ADMIN),
+    Route("POST", "/console/submit", Service.submit_form, access=ADMIN),
+    Route("POST", "/console/selection", Service.act_on_selection, access=ADMIN),
+    Route("POST", "/console/clear", form_of(Service.clear_jobs, "clear"), access=ADMIN),
+    Route("POST", "/job/<job_id>/delete", form_of(Service.delete_job, "delete"), access=JOB_KEY),
+    Route("POST", "/job/<job_id>/key", Service.take_key),
 )
 
 

@@ -5277,23 +5277,19 @@ class TestTasks:
         assert report(client, task).status == 200
 
     @pytest.mark.parametrize(
-        "more, words",
+        "more",
         [
-            ({"execution": ""}, "execution has to be"), ({"execution": 5}, "execution has to be"),
-            ({"first": -1}, "first has to be"), ({"first": True}, "first has to be"),
-            ({"lines": None}, "lines has to be"), ({"lines": [{}]}, "lines has to be"),
-            ({"lines": [{**LINE, "lineno": "3"}]}, "lines has to be"),
-            ({"lines": [{**LINE, "timestamp": "yesterday"}]}, "lines has to be"),
-            ({"lines": [{**LINE, "more": 1}]}, "lines has to be"), ({"progress": 0.5}, "progress has to be"),
-            ({"progress": {"fraction": "x", "message": None}}, "progress has to be"),
-            ({"seconds": None}, "seconds has to be"), ({"x": 1}, "Too many arguments. Extra keys are x"),
+            {"execution": ""}, {"execution": 5}, {"execution": "x" * 101}, {"first": -1}, {"first": True},
+            {"lines": None}, {"lines": [{}]}, {"lines": [{**LINE, "lineno": "3"}]}, {"lines": [{**LINE, "message": 5}]},
+            {"lines": [{**LINE, "timestamp": "yesterday"}]}, {"lines": [{**LINE, "more": 1}]}, {"progress": 0.5},
+            {"progress": {"fraction": "x", "message": None}}, {"seconds": None}, {"x": 1},
         ],
         ids=str,
     )
-    def test_a_wrong_report_is_refused_with_a_sentence(self, held_engine, more, words):
+    def test_a_wrong_report_is_refused_with_a_sentence(self, held_engine, more):
         held_engine.client.submit("top_level")
         answer = report(held_engine.client, held_engine.take()[2], **more)
-        assert answer.status == 409 and answer.error.startswith(words)
+        assert (answer.status, answer.error) == (409, "This is no report as openapi.json describes it")
 
     def test_a_broken_pool_is_made_anew_and_each_job_counts_an_attempt(self, held_engine):
         client, job = held_engine.client, held_engine.client.submit("top_level", 7)
@@ -6721,12 +6717,12 @@ REFUSALS = [  # body or raw text, headers, sentence
     (submission(api_key=""), {}, "Please provide your API key."),
     (submission(metadata=[]), {}, "metadata has to be a json object"),
     (submission(metadata="x"), {}, "metadata has to be a json object"),
-    (submission(api_key=["k"]), {}, "api_key has to be a string or a number"),
+    (submission(api_key=["k"]), {}, "api_key has to be a string or a number of at most 64 bits"),
     (submission(api_key=2**70), {}, "api_key has to be a string or a number of at most 64 bits"),
     ('{"job_type": "echo", "api_key": "k", "data": NaN}', {}, "Malformed json: NaN is not JSON"),
     (
         '{"job_type": "echo", "api_key": "k", "data": 1e999}', {},
-        "Malformed json: data holds a number that is not finite",
+        "Malformed json: a number in it is not finite",
     ),
     ('{"job_type": "echo", "job_type": "x"}', {}, "Malformed json: an object has the same key twice"),
     ('{"job_type": "echo", "api_key": "k", "data": "\\ud800"}', {}, "Malformed json"),
