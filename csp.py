@@ -5531,7 +5531,7 @@ class Service:
         """Store a checked submission, or run it at once if it is synchronous and the client does not prefer else."""
         if job_id is not None and not re.fullmatch(_JOB_ID, job_id):
             raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
-        if not self.auth.may_submit(submitted.api_key or ""):
+        if not self.auth.may_submit(str(submitted.api_key)):
             raise Forbidden("This api_key may not submit jobs.")
         limit = self.settings["MAX_PENDING"]
         if limit is not None and self.store.count_jobs()[PENDING] >= limit:
@@ -5644,15 +5644,14 @@ class Service:
         if unknown:  # a misspelt parameter must not delete more than was meant
             raise Conflict(f"Clearing jobs takes days and no {', '.join(unknown)}")
         days = request.number("days", self.settings["KEEP_JOBS_AGE"], MAX_DAYS) or 0
-        return Response.json({"success": True, "deleted": self._clear(days)})
-
-    def _clear(self, days: int) -> int:
-        return self.store.delete_finished_jobs(timestamp(time.time() - days * 86_400))
+        deleted = self.store.delete_finished_jobs(timestamp(time.time() - days * 86_400))
+        return Response.json({"success": True, "deleted": deleted})
 
     def _clear_daily(self) -> None:
         while True:
             try:
-                log.info("cleared %d old jobs", self._clear(self.settings["KEEP_JOBS_AGE"]))
+                before = timestamp(time.time() - self.settings["KEEP_JOBS_AGE"] * 86_400)
+                log.info("cleared %d old jobs", self.store.delete_finished_jobs(before))
             except Unavailable as error:
                 log.warning("old jobs are not cleared: %s", error.message)
             if self._closing.wait(CLEAR_SECONDS):
@@ -5833,7 +5832,7 @@ class Service:
 
 
 def form_of(endpoint: Callable[..., Response], done: str) -> Callable[..., Response]:
-    """Return what answers a form: asks the endpoint what the form's fields say, and leads to a page that says so."""
+    """Return what answers a form: it passes the fields to the endpoint as the API takes them, and redirects."""
     def answer(service: Service, request: Request, *values: Any) -> Response:
         form = request.form
         query = urllib.parse.urlencode({"days": form.pop("days")}) if "days" in form else ""
