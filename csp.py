@@ -5566,7 +5566,7 @@ class Service:
 
         A client that sends ``wait`` wants an answer in that time, so that a synchronous job is queued then, too.
         """
-        given, wait = request.preferences, 0
+        given, wait = request.preferences if "prefer" in request.headers else {}, 0
         applied = ["respond-async"] if request.method != "GET" and given.get("respond-async") == "" else []
         if re.fullmatch("[0-9]{1,9}", given.get("wait", "")):
             wait = min(int(given["wait"]), self.settings["MAX_WAIT_SECONDS"])
