@@ -5324,18 +5324,17 @@ def hash_submission(job: Job, job_key: str) -> str:
 
 def check_report(body: Dict[str, Any]) -> Dict[str, Any]:
     """Return the report of a worker; raise Conflict if it is none, because a job can send anything."""
-    def has(value: Any, kinds: Mapping[str, Any]) -> bool:
+    def has(value: Any, **kinds: Any) -> bool:  # these fields and no others, their types, and numbers that are sound
         return isinstance(value, dict) and set(value) == set(kinds) and all(
-            type(field) in kinds[name] and (isinstance(field, (str, dict, list, type(None))) or 0 <= field < 2**31)
+            type(field) in kinds[name] and (type(field) not in (int, float) or 0 <= field < 2**31)
             for name, field in value.items())
 
-    text, nothing = (str,), type(None)
-    is_report = has(body, {"execution": text, "first": (int,), "lines": (list,), "progress": (dict, nothing),
-                           "seconds": (int, float)})
-    line = {**dict.fromkeys(LogLine._fields, text), "lineno": (int,)}
-    if not is_report or not 0 < len(body["execution"]) <= 100 or not all(
-            has(value, line) and re.fullmatch(_TIMESTAMP, value["timestamp"]) for value in body["lines"]) or not (
-            body["progress"] is None or has(body["progress"], {"fraction": (int, float), "message": (str, nothing)})):
+    text, whole, number, nothing = (str,), (int,), (int, float), type(None)
+    line = {**dict.fromkeys(LogLine._fields, text), "lineno": whole}
+    if not has(body, execution=text, first=whole, lines=(list,), progress=(dict, nothing), seconds=number) or not (
+            0 < len(body["execution"]) <= 100
+            and all(has(value, **line) and re.fullmatch(_TIMESTAMP, value["timestamp"]) for value in body["lines"])
+            and (body["progress"] is None or has(body["progress"], fraction=number, message=(str, nothing)))):
         raise Conflict("This is no report as openapi.json describes it")
     return body
 
@@ -5528,7 +5527,7 @@ class Service:
         return check_submission({**job.read_input(), **new_key}, self.registry)._replace(resubmitted_from=job.job_id)
 
     def _submit(self, request: Request, submitted: Job, job_id: Optional[str] = None) -> Response:
-        """Store a checked submission, or run it at once if it is synchronous and the client does not prefer else."""
+        """Store a checked submission; run it at once if it is synchronous and no preference says otherwise."""
         if job_id is not None and not re.fullmatch(_JOB_ID, job_id):
             raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
         if not self.auth.may_submit(str(submitted.api_key)):

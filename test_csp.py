@@ -7017,8 +7017,7 @@ class TestService:
         registry = example_registry()
 
         def endless_log(task_id, input):
-            logger = logging.getLogger(task_id)
-            logger.addHandler(csp.StoringHandler(task_id, input))
+            logger = logger_of(task_id, input)
             for _ in range(1_000):
                 logger.warning("x" * 100)
             logger.warning("y" * 1_000_000)
@@ -7033,16 +7032,15 @@ class TestService:
         def interrupted(task_id, input):
             raise KeyboardInterrupt
 
-        misdeeds = {
-            "exits": lambda task_id, input: sys.exit(), "interrupted": interrupted, "endless_log": endless_log,
-            "starts_threads": starts_threads, "changes_input": changes_input, "large": lambda task_id,
-            input: "x" * 10_000_000, "prints": lambda task_id, input: print("x" * 1_000_000), "a_set": lambda task_id,
-            input: {1}, "deep": lambda task_id, input: deep(task_id, input),
-        }
-
         def deep(task_id, input):
             return deep(task_id, input)
 
+        misdeeds = {
+            "exits": lambda task_id, input: sys.exit(), "interrupted": interrupted, "endless_log": endless_log,
+            "starts_threads": starts_threads, "changes_input": changes_input, "a_set": lambda task_id, input: {1},
+            "large": lambda task_id, input: "x" * 10_000_000, "deep": lambda task_id, input: deep(task_id, input),
+            "prints": lambda task_id, input: print("x" * 1_000_000),
+        }
         for name, function in misdeeds.items():
             registry.asynchronous(lambda_named(name, function))
             registry.synchronous(lambda_named(name + "_now", function))
@@ -7133,8 +7131,8 @@ class TestWaiting:
 
     ASK = {  # how to ask for a job, and whether the answer is the job with its key
         "POST": (lambda client, job, body, **more: client.post("/job/" + job["job_id"], body, **more), True),
-        "PUT": (lambda client, job, body, **more: put(client, job["job_id"], body, **more), True),
-        "PUT again": (lambda client, job, body, **more: put(client, job["job_id"], body, **more), True),
+        **dict.fromkeys(("PUT", "PUT again"), (
+            lambda client, job, body, **more: put(client, job["job_id"], body, **more), True)),
         "GET": (lambda client, job, body, **more: client.get("/job/" + job["job_id"], job["job_key"], **more), False),
         "data": (lambda client, job, body, **more:
                  client.get(f"/job/{job['job_id']}/data", job["job_key"], **more), None),
@@ -7218,19 +7216,15 @@ class TestWaiting:
         done = held.client.finish(answer.json)
         assert (done["status"], done["data"], done["attempts"]) == ("complete", 1, 1)
 
-    @pytest.mark.parametrize(
-        "job_type, data, body",
-        [
-            ("stream", "one two \u00e4", "one two \u00e4".encode()),
-            ("raw", {"base64": base64.b64encode(b"\xff\x00a\xfe").decode()}, b"\xff\x00a\xfe"),
-        ],
-    )
     @pytest.mark.parametrize("prefer", ["respond-async", "wait=20"])
-    def test_what_would_have_been_streamed_is_stored_in_one_piece(self, held, job_type, data, body, prefer):
-        job = held.client.post("/job", {"job_type": job_type, "api_key": "k"}, Prefer=prefer).json
-        job = {**held.client.finish(job), "job_key": job["job_key"]}
-        assert (job["status"], job["data"]) == ("complete", data)
-        assert held.client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == body
+    def test_what_would_have_been_streamed_is_stored_in_one_piece(self, held, prefer):
+        for job_type, data, body in (("stream", "one two \u00e4", "one two \u00e4".encode()),
+                                     ("raw", {"base64": base64.b64encode(b"\xff\x00a\xfe").decode()},
+                                      b"\xff\x00a\xfe")):
+            job = held.client.post("/job", {"job_type": job_type, "api_key": "k"}, Prefer=prefer).json
+            job = {**held.client.finish(job), "job_key": job["job_key"]}
+            assert (job["status"], job["data"]) == ("complete", data)
+            assert held.client.get(f"/job/{job['job_id']}/data", key=job["job_key"]).body == body
 
     @pytest.mark.parametrize("way", ASK)
     def test_a_job_that_is_deleted_meanwhile_is_not_found(self, held, gate, way):
@@ -7731,33 +7725,28 @@ class TestEvents:
     def test_the_wsgi_application_gives_the_iterator_and_close_ends_the_watch(self, start, steps):
         service = start(steps.registry)
         job, started = service.client.submit("work"), []
-        environ = {
-            "REQUEST_METHOD": "GET", "PATH_INFO": f"/job/{job['job_id']}/events", "REMOTE_ADDR": "192.0.2.1",
-            "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(), "HTTP_AUTHORIZATION": job["job_key"],
-            "HTTP_LAST_EVENT_ID": "0",
-        }
-        for is_read_to_the_end in (False, True):
-            application = csp.Wsgi(service.service)
-            parts = application(environ, lambda status, headers: started.append((status, dict(headers))))
-            assert started[-1][0] == "200 OK" and started[-1][1]["Content-Type"] == "text/event-stream"
-            assert "Content-Length" not in started[-1][1]
-            assert b"event: status\n" in next(parts)
-            assert service.service.store.count_watchers(job["job_id"]) == 1
-            if is_read_to_the_end:
-                steps.log("a line")
-                steps.end()
-                text = b"".join(parts).decode()
-                assert "a line" in text and '"state": "complete"' in text.replace('":"', '": "')
-            parts.close()
-            assert not service.service.store.count_watchers(job["job_id"])
-        environ["REQUEST_METHOD"] = "HEAD"
-        assert list(csp.Wsgi(service.service)(environ, lambda status, headers: None)) == []
-        environ.update(REQUEST_METHOD="GET", PATH_INFO="/events")
-        parts = csp.Wsgi(service.service)(environ, lambda status, headers: None)
-        assert next(parts).startswith(b"event: stats\ndata: {")
-        assert service.service.store.count_watchers("") == 1
-        parts.close()
-        assert not service.service.store.count_watchers("")
+        path, watchers = f"/job/{job['job_id']}/events", service.service.store.count_watchers
+
+        def call(path, method="GET"):
+            return csp.Wsgi(service.service)({
+                "REQUEST_METHOD": method, "PATH_INFO": path, "REMOTE_ADDR": "192.0.2.1", "wsgi.url_scheme": "http",
+                "wsgi.input": io.BytesIO(), "HTTP_AUTHORIZATION": job["job_key"], "HTTP_LAST_EVENT_ID": "0",
+            }, lambda status, headers: started.append((status, dict(headers))))
+
+        left, read, numbers = call(path), call(path), call("/events")
+        assert {status for status, _ in started} == {"200 OK"}
+        assert all(headers["Content-Type"] == "text/event-stream" and "Content-Length" not in headers
+                   for _, headers in started)
+        assert b"event: status\n" in next(left) and next(numbers).startswith(b"event: stats\ndata: {")
+        steps.log("a line")
+        steps.end()
+        text = b"".join(read).decode()
+        assert "a line" in text and '"state": "complete"' in text
+        assert (watchers(job["job_id"]), watchers("")) == (1, 1)
+        left.close()
+        numbers.close()
+        assert (watchers(job["job_id"]), watchers("")) == (0, 0)
+        assert list(call(path, "HEAD")) == []
 
     # -- its end
 
