@@ -1373,7 +1373,6 @@ def _as_host(url: Optional[str]) -> Optional[str]:
 
 BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last of them waits
 READERS = 2  # connections for reading: each step releases the interpreter's lock, and more of them only convoy
-ANY_JOB = ""  # what to watch for a change of any job
 CLEAR_SLICE = 500  # jobs deleted in one transaction, so that nobody waits behind a million rows
 HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it has ended, too; a large one is held
 HOLD_SECONDS_PER_CHARACTER = 2.0**-25  # longer, because writing it twice takes that long
@@ -1642,7 +1641,7 @@ class Store:
                 log.exception("what follows a commit failed")
         if self._watchers and transaction.touched:
             with self._lock:
-                for job_id in (*transaction.touched, ANY_JOB):
+                for job_id in transaction.touched:
                     for event in self._watchers.get(job_id, ()):
                         event.set()
         if transaction.has_queued:
@@ -1778,7 +1777,7 @@ class Store:
 
     @contextmanager
     def watch(self, job_id: str) -> Iterator[threading.Event]:
-        """Give an event that the writer sets when the job (or ANY_JOB) has changed, and ``release`` for good."""
+        """Give an event that the writer sets when the job has changed, and ``release`` for good."""
         event = threading.Event()
         with self._lock:
             self._watchers.setdefault(job_id, set()).add(event)
@@ -3926,14 +3925,18 @@ class Route(NamedTuple):
     method: str
     path: str
     endpoint: Callable[..., Response]
-    summary: str
-    answer: str
+    answer: str = "text/html"
     access: str = ANYBODY
     body: str = ""
     parameters: Tuple[str, ...] = ()
     refusals: Tuple[int, ...] = ()
     page: Optional[Callable[..., Response]] = None
     columns: str = LIGHT
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of the endpoint's docstring, in one line."""
+        return " ".join((self.endpoint.__doc__ or "").partition(".")[0].split())
 
 
 class Router:
@@ -4925,7 +4928,7 @@ def submit_page(viewer: Viewer, types: Sequence[str], form: Mapping[str, str],
 #
 # Holds the parts and answers requests: route, access check, endpoint. An endpoint takes the request and what the access
 # check hands over, and returns a Response or raises a CspError; ``handle`` is the only place that catches. The forms of
-# the console use the same actions as the API.
+# the console call the endpoints of the API.
 # ---------------------------------------------------------------------------------------------------------------------
 
 API_VERSION = 0.1  # of the documented interface; not this program's version
@@ -4940,38 +4943,10 @@ STATS_SECONDS = 1.0
 MAX_EVENT_LINES = 500  # log lines read at a time
 LIST_PARAMETERS = ("_limit", "_offset", "_before", "_status", "_type", "_id", "_metadata", "_format",
                    "done")  # others are metadata filters
-ASSET_HEADERS = (("Cache-Control", "public, max-age=31536000, immutable"),)  # their addresses change with them
 STREAM_HEADERS = (("X-Accel-Buffering", "no"),)  # or nginx holds events back
 SUBMIT_KEYS = frozenset(("job_type", "api_key", "data", "result_url", "metadata"))
 _TIMESTAMP = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{6}"
-_BAD_ID = r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]"
-_STATUS_LABELS = {status: ("status", str(status)) for status in map(int, http.HTTPStatus)}
-
-
-@functools.lru_cache(maxsize=1)  # monitors ask again and again, and mostly nothing has changed
-def _render_status(name: str, job_types: Tuple[str, ...], stats: Tuple[Tuple[str, int], ...]) -> bytes:
-    return to_json({"version": API_VERSION, "job_types": list(job_types), "name": name,
-                    "stats": dict(stats)}).encode("utf-8")
-
-
-class Submission(NamedTuple):
-    """A checked submission; ``data`` and ``metadata`` are JSON texts, None where not given.
-
-    ``take_input`` returns what Job.read_input would, once.
-    """
-
-    job_type: JobType
-    api_key: Union[str, int, float]
-    data: Optional[str]
-    metadata: Optional[str]
-    result_url: Optional[str]
-    take_input: Callable[[], Dict[str, Any]]
-
-    def hash(self, job_key: str) -> str:
-        """Return a digest that tells whether another body is the same, without keeping its api_key."""
-        values = [json.loads(text) if text else None for text in (self.data, self.metadata)]
-        text = json.dumps([self.job_type.name, self.api_key, self.result_url, *values], sort_keys=True)
-        return sign(job_key.encode("ascii"), text.encode("ascii")).hex()
+_JOB_ID = r"(?!\.\.?\Z)[^/\x00-\x1f\x7f-\x9f]{1,255}"
 
 
 def read_body(request: Request) -> Dict[str, Any]:
@@ -4989,15 +4964,21 @@ def read_body(request: Request) -> Dict[str, Any]:
     return value
 
 
-def check_submission(body: Dict[str, Any], registry: Registry) -> Submission:
+def read_new_key(request: Request) -> Dict[str, Any]:
+    body = read_body(request) if request.body else {}
+    if set(body) - {"api_key"}:
+        raise Conflict("Too many arguments. The body may hold an api_key and nothing else")
+    return body
+
+
+def check_submission(body: Dict[str, Any], registry: Registry) -> Job:
+    """Return the job that the body asks for, without what the service adds to it; raise Conflict if it is wrong."""
     if not SUBMIT_KEYS.issuperset(body):
         raise Conflict(f"Too many arguments. Extra keys are {', '.join(sorted(set(body) - SUBMIT_KEYS))}")
-    result_url, name, metadata = body.get("result_url"), body.get("job_type"), body.get("metadata")
-    if result_url == "":
-        result_url = None
-    if result_url is not None:
-        check_result_url(result_url)
-    if name is None or name == "":
+    url, name, metadata = body.get("result_url"), body.get("job_type"), body.get("metadata")
+    if url not in (None, ""):
+        check_result_url(url)
+    if name in (None, ""):
         raise Conflict("Please specify a job type")
     job_type = registry.get(name)
     if job_type is None:
@@ -5006,63 +4987,49 @@ def check_submission(body: Dict[str, Any], registry: Registry) -> Submission:
     api_key = check_api_key(body.get("api_key"))
     if metadata is not None and not isinstance(metadata, dict):
         raise Conflict("metadata has to be a json object")
-    texts: Dict[str, str] = {}
-    for key in ("data", "metadata"):
-        try:
-            if key in body and not (key == "metadata" and metadata is None):
-                texts[key] = to_json(body[key])
-        except (ValueError, RecursionError):
-            raise Conflict(f"Malformed json: {key} holds a number that is not finite") from None
-    input = {key: value for key, value in body.items() if key == "data" or value not in (None, "")}
-    return Submission(job_type, api_key, texts.get("data"), texts.get("metadata"), result_url, [input].pop)
+    try:
+        return Job(
+            seq=0, job_id="", job_type=job_type.name, status=PENDING, data=None, error=None, result_url=url or None,
+            sent_data=to_json(body["data"]) if "data" in body else None,
+            metadata=None if metadata is None else to_json(metadata), api_key=api_key, job_key="",
+            requested_timestamp="", synchronous=int(job_type.synchronous),
+            callback_host=callback_host(url) if url else None)
+    except (ValueError, RecursionError):
+        raise Conflict("Malformed json: a number in it is not finite") from None
 
 
 def check_api_key(api_key: Any) -> Union[str, int, float]:
     if api_key is None or api_key is False or api_key == "":
         raise Conflict("Please provide your API key.")
-    if isinstance(api_key, bool) or not isinstance(api_key, (str, int, float)):
-        raise Conflict("api_key has to be a string or a number")
-    if not isinstance(api_key, str) and not abs(api_key) < 2**63:
+    if not isinstance(api_key, (str, int, float)) or isinstance(api_key, bool) or not (
+            isinstance(api_key, str) or abs(api_key) < 2**63):
         raise Conflict("api_key has to be a string or a number of at most 64 bits")
     callback_header(api_key)
     return api_key
 
 
-def read_new_key(request: Request) -> Dict[str, Any]:
-    body = read_body(request) if request.body else {}
-    if set(body) - {"api_key"}:
-        raise Conflict("Too many arguments. The body may hold an api_key and nothing else")
-    return body
+def hash_submission(job: Job, job_key: str) -> str:
+    """Return a digest that tells whether another body is the same, without keeping its api_key."""
+    values = [json.loads(text) if text else None for text in (job.sent_data, job.metadata)]
+    text = json.dumps([job.job_type, job.api_key, job.result_url, *values], sort_keys=True)
+    return sign(job_key.encode("ascii"), text.encode("ascii")).hex()
 
 
 def check_report(body: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the checked report of a worker; raise Conflict with the sentence of the first thing that is wrong."""
-    def is_number(value: Any, kinds: Any, limit: float) -> bool:
-        return isinstance(value, kinds) and not isinstance(value, bool) and 0 <= value < limit
+    """Return the report of a worker; raise Conflict if it is none, because a job can send anything."""
+    def has(value: Any, **kinds: Any) -> bool:  # these fields and no others, their types, and numbers that are sound
+        return isinstance(value, dict) and set(value) == set(kinds) and all(
+            type(field) in kinds[name] and (type(field) not in (int, float) or 0 <= field < 2**31)
+            for name, field in value.items())
 
-    def is_line(line: Any) -> bool:
-        return (isinstance(line, dict) and set(line) == set(LogLine._fields) and is_number(line["lineno"], int, 2**31)
-                and all(isinstance(text, str) for name, text in line.items() if name != "lineno")
-                and bool(re.fullmatch(_TIMESTAMP, line["timestamp"])))
-
-    execution, lines, progress = body.get("execution"), body.get("lines"), body.get("progress")
-    is_progress = progress is None or (
-        isinstance(progress, dict) and set(progress) == {"fraction", "message"}
-        and is_number(progress["fraction"], (int, float), 1e9) and isinstance(progress["message"], (str, type(None))))
-    for key, is_good, what in (
-            ("execution", isinstance(execution, str) and 0 < len(execution) <= 100, "a string of 1 to 100 characters"),
-            ("first", is_number(body.get("first"), int, 2**31), "a whole number: how many lines were sent before"),
-            ("lines", isinstance(lines, list) and all(map(is_line, lines)),
-             f"a list of objects with {', '.join(LogLine._fields)}"),
-            ("progress", is_progress, "null, or an object of fraction and message"),
-            ("seconds", is_number(body.get("seconds"), (int, float), 1e9), "a number: how long it has been running")):
-        if not is_good:
-            raise Conflict(f"{key} has to be {what}")
-    extra = sorted(set(body) - {"execution", "first", "lines", "progress", "seconds"})
-    if extra:
-        raise Conflict(f"Too many arguments. Extra keys are {', '.join(extra)}")
-    return {**body, "lines": [{key: clean(value) if isinstance(value, str) else value for key, value in line.items()}
-                              for line in body["lines"]]}
+    text, whole, number, nothing = (str,), (int,), (int, float), type(None)
+    line = {**dict.fromkeys(LogLine._fields, text), "lineno": whole}
+    if not has(body, execution=text, first=whole, lines=(list,), progress=(dict, nothing), seconds=number) or not (
+            0 < len(body["execution"]) <= 100
+            and all(has(value, **line) and re.fullmatch(_TIMESTAMP, value["timestamp"]) for value in body["lines"])
+            and (body["progress"] is None or has(body["progress"], fraction=number, message=(str, nothing)))):
+        raise Conflict("This is no report as openapi.json describes it")
+    return body
 
 
 class Service:
@@ -5118,10 +5085,18 @@ class Service:
         started = time.perf_counter()
         route, response = self._answer(request)
         method, path = (route.method, route.path) if route else ("", "")
-        self.metrics.requests.add((("method", method), ("route", path), _STATUS_LABELS[response.status]),
+        self.metrics.requests.add((("method", method), ("route", path), ("status", str(response.status))),
                                   time.perf_counter() - started)
-        if self.settings["CORS_ORIGINS"]:
-            response.headers += self._cors_headers(request)
+        if self.settings["CORS_ORIGINS"]:  # which pages may read the answer (fetch.spec.whatwg.org), as nobody
+            response.headers.append(("Vary", "Origin"))
+            origin = request.headers.get("origin", "")
+            if origin in self.settings["CORS_ORIGINS"]:
+                response.headers += [
+                    ("Access-Control-Allow-Origin", origin),
+                    ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE"),
+                    ("Access-Control-Allow-Headers", "Authorization, Content-Type, Last-Event-ID, Prefer"),
+                    ("Access-Control-Expose-Headers", "Link, Preference-Applied, Retry-After"),
+                    ("Access-Control-Max-Age", "600")]
         return response
 
     def _answer(self, request: Request) -> Tuple[Optional[Route], Response]:
@@ -5146,23 +5121,23 @@ class Service:
 
     def _authorize(self, route: Route, request: Request, arguments: List[str]) -> List[Any]:
         """Return what the endpoint gets; raise Forbidden if the request may not use the route."""
+        values: List[Any] = [*arguments]
         if route.access == JOB_KEY:
-            job = self._find_job(arguments[0], route.columns)
-            if not self.auth.may_see(request, job):
-                raise Forbidden
-            return [job]
-        if route.access == RUN_TOKEN:
+            values = [self._find_job(arguments[0], route.columns)]
+            may = self.auth.may_see(request, values[0])
+        elif route.access == RUN_TOKEN:
             run = find_run(arguments[0])
-            if not isinstance(run, RemoteRun) or not is_same(request.headers.get("authorization", ""), run.token):
-                raise Forbidden
-            return [run]
-        is_open = route.access == ANYBODY or (route.access == LISTERS and self.settings["PUBLIC_JOB_LIST"])
-        if not is_open and not self.auth.may_administer(request):
+            values = [run]
+            may = isinstance(run, RemoteRun) and is_same(request.headers.get("authorization", ""), run.token)
+        else:
+            may = route.access == ANYBODY or (route.access == LISTERS and self.settings["PUBLIC_JOB_LIST"])
+            may = may or self.auth.may_administer(request)
+        if not may:
             raise Forbidden
-        return [*arguments]
+        return values
 
     def _find_job(self, job_id: str, columns: str = LIGHT) -> Job:
-        job = self.store.get_job(job_id, columns) if not re.search(_BAD_ID, job_id) else None
+        job = self.store.get_job(job_id, columns)
         if job is None:
             raise CspError(404, "job_id not found")
         return job
@@ -5170,25 +5145,13 @@ class Service:
     def _refuse(self, request: Request, error: CspError, route: Optional[Route]) -> Response:
         if not request.wants_html:
             response = Response.error(error)
-        elif isinstance(error, Forbidden) and route is not None and route.access == JOB_KEY and route.page and (
-                request.is_safe):
+        elif isinstance(error, Forbidden) and route is not None and route.page == Service.job_page:
             response = key_page(self._stranger(request.path), request.path.rstrip("/"))
         else:
             viewer = self._stranger(request.target if request.is_safe else "/job")  # where signing in leads
             response = error_page(viewer, error)
         response.headers.append(("Vary", "Accept"))
         return response
-
-    def _cors_headers(self, request: Request) -> List[Tuple[str, str]]:
-        """Return what lets pages of CORS_ORIGINS read the answer (fetch.spec.whatwg.org); never with credentials."""
-        origin = request.headers.get("origin", "")
-        if origin not in self.settings["CORS_ORIGINS"]:
-            return [("Vary", "Origin")]
-        return [("Vary", "Origin"), ("Access-Control-Allow-Origin", origin),
-                ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, DELETE"),
-                ("Access-Control-Allow-Headers", "Authorization, Content-Type, Last-Event-ID, Prefer"),
-                ("Access-Control-Expose-Headers", "Link, Preference-Applied, Retry-After"),
-                ("Access-Control-Max-Age", "600")]
 
     # -- the service itself, and logins
 
@@ -5198,8 +5161,8 @@ class Service:
 
     def show_status(self, request: Request) -> Response:
         """Show version, job types, name and how many jobs there are."""
-        return Response(200, _render_status(self.settings["NAME"], tuple(self.registry.names()),
-                                            tuple(self.store.count_jobs().items())))
+        return Response.json({"version": API_VERSION, "job_types": self.registry.names(),
+                              "name": self.settings["NAME"], "stats": self.store.count_jobs()})
 
     def log_in(self, request: Request) -> Response:
         """Begin a session, by Basic auth or by form fields."""
@@ -5231,76 +5194,58 @@ class Service:
 
     def submit(self, request: Request, job_id: Optional[str] = None) -> Response:
         """Submit a job: a synchronous one is answered when it has ended, others when they are stored."""
-        submission = check_submission(read_body(request), self.registry)
-        if job_id is not None:
-            _check_job_id(job_id)
-        return self._submit(request, submission, job_id)
+        return self._submit(request, check_submission(read_body(request), self.registry), job_id)
 
     def put_job(self, request: Request, job_id: str) -> Response:
         """Submit a job under an id of your own, or return the one that the same body has submitted before."""
-        submission = check_submission(read_body(request), self.registry)
-        _check_job_id(job_id)
+        submitted = check_submission(read_body(request), self.registry)
         known = self.store.get_job(job_id)
         if known is None:
             try:
-                return self._submit(request, submission, job_id)
+                return self._submit(request, submitted, job_id)
             except Conflict:  # another request has just submitted it
                 known = self.store.get_job(job_id)
-        if known is None or known.submission_hash is None or not is_same(known.submission_hash,
-                                                                          submission.hash(known.job_key)):
+                if known is None:
+                    raise
+        if known.submission_hash is None or not is_same(known.submission_hash,
+                                                        hash_submission(submitted, known.job_key)):
             raise Conflict(f"job_id {job_id} already exists")
         return self._show(request, known, job_key=True)
 
     def resubmit_job(self, request: Request, job: Job) -> Response:
         """Submit a new job like this one; the body brings the api_key, because the old one is erased."""
-        body = {**job.read_input(), **read_new_key(request)}
-        return self._submit(request, check_submission(body, self.registry), origin=job.job_id)
+        return self._submit(request, self._repeat(job, read_new_key(request)))
 
-    def _submit(self, request: Request, submission: Submission, job_id: Optional[str] = None,
-                origin: Optional[str] = None) -> Response:
-        _, applied = self._read_preferences(request)
-        if not submission.job_type.synchronous or applied:
-            return self._show(request, self._queue(submission, job_id, origin), (), job_key=True)
-        self._check_admission(submission)
-        job = self._new_job(submission, job_id, origin, is_synchronous=True)
-        return self._run_now(job, job_id is None, submission.take_input)
+    def _repeat(self, job: Job, new_key: Mapping[str, Any]) -> Job:
+        return check_submission({**job.read_input(), **new_key}, self.registry)._replace(resubmitted_from=job.job_id)
 
-    def _queue(self, submission: Submission, job_id: Optional[str] = None, origin: Optional[str] = None) -> Job:
-        self._check_admission(submission)
-        job = self._new_job(submission, job_id, origin, is_synchronous=False)
-        self.store.add_job(job, job_id is None).wait()
-        return job
-
-    def _check_admission(self, submission: Submission, count: int = 1) -> None:
-        if not self.auth.may_submit(submission.api_key):
+    def _submit(self, request: Request, submitted: Job, job_id: Optional[str] = None) -> Response:
+        """Store a checked submission; run it at once if it is synchronous and no preference says otherwise."""
+        if job_id is not None and not re.fullmatch(_JOB_ID, job_id):
+            raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
+        if not self.auth.may_submit(str(submitted.api_key)):
             raise Forbidden("This api_key may not submit jobs.")
         limit = self.settings["MAX_PENDING"]
-        if limit is not None and self.store.count_jobs()[PENDING] + count > limit:
+        if limit is not None and self.store.count_jobs()[PENDING] >= limit:
             raise Unavailable(f"There may be {limit:,} unfinished jobs at most; try again later.", 30)
-
-    def _new_job(self, submission: Submission, job_id: Optional[str], origin: Optional[str],
-                 is_synchronous: bool) -> Job:
-        now, url = time.time(), submission.result_url
+        is_now = bool(submitted.synchronous) and not self._read_preferences(request)[1]
+        now, (new_id, job_key) = time.time(), make_ids()
         requested = timestamp(now)
-        generated_id, job_key = make_ids()
-        return Job(
-            seq=self.store.take_seq(), job_id=job_id or generated_id, job_type=submission.job_type.name,
-            status=PENDING, sent_data=submission.data, data=None, error=None, metadata=submission.metadata,
-            result_url=url, api_key=submission.api_key, job_key=job_key, requested_timestamp=requested,
-            started_timestamp=requested if is_synchronous else None, run_at=None if is_synchronous else now,
-            attempts=int(is_synchronous), synchronous=int(is_synchronous), resubmitted_from=origin,
-            callback_host=callback_host(url) if url else None,
-            submission_hash=submission.hash(job_key) if job_id is not None else None)
-
-    def _run_now(self, job: Job, is_new_id: bool, read_input: Callable[[], Dict[str, Any]]) -> Response:
-        run, ended = self.runner.run_now(job, is_new_id, read_input)
+        job = submitted._replace(
+            seq=self.store.take_seq(), job_id=job_id or new_id, job_key=job_key, requested_timestamp=requested,
+            started_timestamp=requested if is_now else None, run_at=None if is_now else now, attempts=int(is_now),
+            synchronous=int(is_now), submission_hash=hash_submission(submitted, job_key) if job_id else None)
+        if not is_now:
+            self.store.add_job(job, job_id is None).wait()
+            return self._show(request, job, job_key=True)
+        run, ended = self.runner.run_now(job, job_id is None, job.read_input)
         if ended is not None and not isinstance(ended, Job):
+            stream = _prefetched(ended)
             try:
-                first = next(ended, b"")
-            except StreamBroken:
+                next(stream)
+                return Response(200, stream)
+            except StreamBroken:  # before anything was sent
                 ended = self.store.get_job(job.job_id)
-            else:
-                return Response(200, _Prepended(first, ended))
         if ended is not None and ended.result_url is not None:
             ended = self.store.wait_for_job(job.job_id, lambda job: bool(job.callback_attempts), FIRST_ATTEMPT_SECONDS)
         if ended is None:
@@ -5313,11 +5258,8 @@ class Service:
 
         A client that sends ``wait`` wants an answer in that time, so that a synchronous job is queued then, too.
         """
-        if "prefer" not in request.headers:
-            return 0, []
-        given = request.preferences
+        given, wait = request.preferences if "prefer" in request.headers else {}, 0
         applied = ["respond-async"] if request.method != "GET" and given.get("respond-async") == "" else []
-        wait = 0
         if re.fullmatch("[0-9]{1,9}", given.get("wait", "")):
             wait = min(int(given["wait"]), self.settings["MAX_WAIT_SECONDS"])
             applied.append(f"wait={wait}")
@@ -5332,41 +5274,39 @@ class Service:
             raise CspError(404, "job_id not found")
         return current, applied
 
+    def _show(self, request: Request, job: Job, job_key: bool = False, limit: Optional[int] = None) -> Response:
+        job, applied = self._wait(request, job)
+        is_new = job.state == QUEUED and not job.attempts  # so that it has no log
+        return Response(200, render_job(job, () if is_new else self.store.get_logs(job, limit), job_key),
+                        headers=applied)
+
     # -- jobs
 
     def list_jobs(self, request: Request) -> Response:
         """List job ids, newest first, filtered by status, type and metadata."""
-        jobs, following = self._choose_jobs(request, 100)
+        jobs, following = self._choose_jobs(request, 100, MAX_LISTED)
         return Response.json({"list": [job_path(job_id) for _, job_id in jobs]},
                              headers=[("Link", f'<{following}>; rel="next"')] if following else [])
 
-    def _choose_jobs(self, request: Request, default_limit: int, most: int = MAX_LISTED,
-                     ) -> Tuple[List[Tuple[int, str]], str]:
+    def _choose_jobs(self, request: Request, default_limit: int, most: int) -> Tuple[List[Tuple[int, str]], str]:
         """Return (seq, id) of the jobs that the query asks for, and the address of the next page, if any."""
         limit = min(request.number("_limit", default_limit) or 0, most)
         offset, before = request.number("_offset", 0, MAX_OFFSET) or 0, request.number("_before", None)
         query = dict(request.query)
         if query.get("_id"):
             return self.store.find_jobs(query["_id"], limit), ""
-        filters = [(key, value) for key, value in request.query if key not in LIST_PARAMETERS]
+        filters = dict.fromkeys(pair for pair in request.query if pair[0] not in LIST_PARAMETERS)
         key, equals, value = query.get("_metadata", "").partition("=")
-        filters += [(key.strip(), value.strip())] if equals else []
-        filters = list(dict.fromkeys(filters))
+        if equals:
+            filters[key.strip(), value.strip()] = None
         if len(filters) > MAX_METADATA_FILTERS:
             raise Conflict(f"There may be {MAX_METADATA_FILTERS} metadata filters at most.")
-        jobs = self.store.list_jobs(limit, offset, query.get("_status") or None, filters, before,
+        jobs = self.store.list_jobs(limit, offset, query.get("_status") or None, list(filters), before,
                                     query.get("_type") or None)
         if not jobs or len(jobs) < limit:
             return jobs, ""
         kept = [pair for pair in request.query if pair[0] not in ("_offset", "_before")]
         return jobs, "/job?" + urllib.parse.urlencode([*kept, ("_before", jobs[-1][0])])
-
-    def _show(self, request: Request, job: Job, lines: Optional[Iterable[LogLine]] = None, job_key: bool = False,
-              limit: Optional[int] = None) -> Response:
-        shown, applied = self._wait(request, job)
-        if lines is None or shown is not job:
-            lines = self.store.get_logs(shown, limit)
-        return Response(200, render_job(shown, lines, job_key), headers=applied)
 
     def show_job(self, request: Request, job: Job) -> Response:
         """Show a job and its log."""
@@ -5385,15 +5325,10 @@ class Service:
 
     def delete_job(self, request: Request, job: Job) -> Response:
         """Delete a job with its log and metadata; if it runs, tell it to stop and drop its result."""
-        if not self._delete(job):
+        if self.store.delete_job(job) is None:
             raise CspError(404, "job_id not found")
+        self.runner.tell_to_stop(job)
         return Response.json({"success": True})
-
-    def _delete(self, job: Job) -> bool:
-        deleted = self.store.delete_job(job)
-        if deleted is not None and deleted.state == RUNNING:
-            self.runner.tell_to_stop(deleted)
-        return deleted is not None
 
     def clear_jobs(self, request: Request) -> Response:
         """Delete the jobs that finished more than ``days`` days ago."""
@@ -5401,15 +5336,14 @@ class Service:
         if unknown:  # a misspelt parameter must not delete more than was meant
             raise Conflict(f"Clearing jobs takes days and no {', '.join(unknown)}")
         days = request.number("days", self.settings["KEEP_JOBS_AGE"], MAX_DAYS) or 0
-        return Response.json({"success": True, "deleted": self._clear(days)})
-
-    def _clear(self, days: int) -> int:
-        return self.store.delete_finished_jobs(timestamp(time.time() - days * 86_400))
+        deleted = self.store.delete_finished_jobs(timestamp(time.time() - days * 86_400))
+        return Response.json({"success": True, "deleted": deleted})
 
     def _clear_daily(self) -> None:
         while True:
             try:
-                log.info("cleared %d old jobs", self._clear(self.settings["KEEP_JOBS_AGE"]))
+                before = timestamp(time.time() - self.settings["KEEP_JOBS_AGE"] * 86_400)
+                log.info("cleared %d old jobs", self.store.delete_finished_jobs(before))
             except Unavailable as error:
                 log.warning("old jobs are not cleared: %s", error.message)
             if self._closing.wait(CLEAR_SECONDS):
@@ -5422,14 +5356,12 @@ class Service:
 
     def send_callback(self, request: Request, job: Job) -> Response:
         """Send a finished job's callback again; the body may bring the api_key, if the old one is erased."""
-        self._send_callback(job, read_new_key(request))
-        return self.show_job(request, self._find_job(job.job_id, WHOLE))
-
-    def _send_callback(self, job: Job, new_key: Mapping[str, Any]) -> None:
-        api_key = check_api_key(new_key["api_key"]) if "api_key" in new_key else None
+        body = read_new_key(request)
+        api_key = check_api_key(body["api_key"]) if body else None
         if job.callback_host is None or job.status == PENDING:
             raise Conflict(f"job {job.job_id} has no callback to send: it has not finished or has no result_url")
         self.store.mark_callback_due(job, api_key)
+        return self.show_job(request, self._find_job(job.job_id, WHOLE))
 
     def take_report(self, request: Request, run: RemoteRun) -> Response:
         """Take the log and progress of a job that runs in a worker; say whether it was told to stop."""
@@ -5437,76 +5369,46 @@ class Service:
 
     # -- events
 
-    def stream_job_events(self, request: Request, job: Job) -> Response:
-        """Stream what happens to a job as Server-Sent Events, until it has ended."""
+    def stream_events(self, request: Request, job: Optional[Job] = None) -> Response:
+        """Stream what happens to a job until it has ended, or the numbers of jobs, as Server-Sent Events."""
         last_id = request.headers.get("last-event-id") or dict(request.query).get("last_event_id") or "0"
         if not re.fullmatch("[0-9]{1,18}", last_id):
             raise Conflict("Last-Event-ID has to be an id that this stream has sent")
-        shown, log_id = None, int(last_id)
+        return Response(200, self._events(request, job, int(last_id)), "text/event-stream", STREAM_HEADERS)
 
-        def look() -> Iterator[bytes]:
-            nonlocal shown, log_id
-            current = next(iter(self.store.get_light_jobs([job.seq])), None)  # read before the log, which ends with it
-            if current is None:
-                shown = None
-                yield render_event("status", {"status": "deleted", "state": "deleted"})
-                return
-            while True:
-                lines = self.store.list_new_logs(job.seq, log_id, MAX_EVENT_LINES)
-                if not lines:
-                    break
-                yield b"".join(render_event("log", line._asdict(), number) for number, line in lines)
-                log_id = lines[-1][0]
-            yield b"".join(_change_events(shown, current))
-            shown = current
-
-        def goes_on(is_check_due: bool) -> bool:
-            if shown is None or shown.status != PENDING:
-                return False
-            with suppress(TooManyRequests):  # somebody else at this address guesses passwords
-                return not is_check_due or self.auth.may_see(request, job)
-            return True
-
-        return Response(200, self._events(job.job_id, look, goes_on, 0.0), "text/event-stream", STREAM_HEADERS)
-
-    def stream_events(self, request: Request) -> Response:
-        """Stream the numbers of jobs as Server-Sent Events, whenever they change."""
-        shown: Dict[str, int] = {}
-
-        def look() -> Iterator[bytes]:
-            nonlocal shown
-            stats = self._count_states()
-            if stats != shown:
-                yield render_event("stats", stats)
-            shown = stats
-
-        return Response(200, self._events(ANY_JOB, look, lambda is_check_due: True, STATS_SECONDS),
-                        "text/event-stream", STREAM_HEADERS)
-
-    def _events(self, job_id: str, look: Callable[[], Iterator[bytes]], goes_on: Callable[[bool], bool],
-                pause_seconds: float) -> Iterator[bytes]:
-        """Yield what ``look`` sees, at the start and after each change of the job, until it does not go on.
-
-        ``goes_on`` is asked after each look, and with each comment (is_check_due) whether the client still may see it.
-        """
+    def _events(self, request: Request, job: Optional[Job], log_id: int) -> Iterator[bytes]:
+        """Yield the log after ``log_id`` and whatever has changed, until the job has ended; or the numbers of jobs."""
+        sent: Dict[str, Any] = {}
         next_comment = time.monotonic() + KEEP_ALIVE_SECONDS
-        with self.store.watch(job_id) as changed:
+        topic = "" if job is None else job.job_id  # nothing wakes who watches the numbers but the end of the service
+        with self.store.watch(topic) as changed:
             while True:
                 changed.clear()
-                is_changed = False
-                for part in look():
-                    is_changed = True
-                    yield part
-                if not goes_on(False) or self.store.is_released:
+                is_over = False
+                if job is None:
+                    events: Dict[str, Any] = {"stats": self._count_states()}
+                else:
+                    now = next(iter(self.store.get_light_jobs([job.seq])), None)  # before the log, which ends with it
+                    lines = self.store.list_new_logs(job.seq, log_id, MAX_EVENT_LINES)
+                    while lines:
+                        yield b"".join(render_event("log", line._asdict(), number) for number, line in lines)
+                        log_id = lines[-1][0]
+                        lines = self.store.list_new_logs(job.seq, log_id, MAX_EVENT_LINES)
+                    events, is_over = _job_events(now), now is None or now.status != PENDING
+                for name, value in events.items():
+                    if value != sent.get(name):
+                        sent[name] = value
+                        yield render_event(name, value)
+                if is_over or self.store.is_released:
                     return
-                # the running jobs are counted just after a change was written: after one, look once more
-                wait = pause_seconds if is_changed and pause_seconds else max(0.0, next_comment - time.monotonic())
-                if changed.wait(wait) or pause_seconds:
-                    watchers = self.store.count_watchers(job_id)
-                    self._closing.wait(max(pause_seconds, EVENT_SECONDS + watchers * EVENT_SECONDS_PER_WATCHER))
+                wait = max(0.0, next_comment - time.monotonic())
+                if changed.wait(wait if job is not None else min(wait, STATS_SECONDS)):
+                    watchers = self.store.count_watchers(topic)
+                    self._closing.wait(EVENT_SECONDS + watchers * EVENT_SECONDS_PER_WATCHER)
                 if time.monotonic() >= next_comment:
-                    if not goes_on(True):
-                        return
+                    with suppress(TooManyRequests):  # somebody else at this address guesses passwords
+                        if job is not None and not self.auth.may_see(request, job):
+                            return
                     yield b": keep-alive\n\n"
                     next_comment = time.monotonic() + KEEP_ALIVE_SECONDS
 
@@ -5527,16 +5429,16 @@ class Service:
         by_type = [((("job_type", job_type), ("status", status)), jobs)
                    for (job_type, status), jobs in sorted(self.store.count_by_type().items())]
         build = (("version", __version__), ("python", sys.version.split()[0]), ("sqlite", sqlite_version()))
-        lines = [
-            *metric_lines("csp_build_info", "gauge", "What runs here.", [(build, 1)]),
-            *metric_lines("process_start_time_seconds", "gauge", "When the service started (seconds since 1970).",
-                          [((), self.metrics.started)]),
-            *metric_lines("csp_jobs", "gauge", "Jobs in the database by type and status.", by_type),
-            *metric_lines("csp_jobs_running", "gauge", "Jobs that run.", [((), states[RUNNING])]),
-            *metric_lines("csp_jobs_waiting", "gauge", "Jobs that wait to be run.", [((), states[QUEUED])]),
-            *metric_lines("csp_jobs_longest_waiting_seconds", "gauge", "How long the job that runs next has been due.",
-                          [((), max(0.0, time.time() - due_since) if due_since else 0.0)]),
-        ]
+        gauges: Sequence[Tuple[str, str, Sequence[Tuple[Labels, float]]]] = (
+            ("csp_build_info", "What runs here.", [(build, 1)]),
+            ("process_start_time_seconds", "When the service started (seconds since 1970).",
+             [((), self.metrics.started)]),
+            ("csp_jobs", "Jobs in the database by type and status.", by_type),
+            ("csp_jobs_running", "Jobs that run.", [((), states[RUNNING])]),
+            ("csp_jobs_waiting", "Jobs that wait to be run.", [((), states[QUEUED])]),
+            ("csp_jobs_longest_waiting_seconds", "How long the job that runs next has been due.",
+             [((), max(0.0, time.time() - due_since) if due_since else 0.0)]))
+        lines = [line for name, help, rows in gauges for line in metric_lines(name, "gauge", help, rows)]
         return Response(200, self.metrics.render(lines).encode("utf-8"), "text/plain; version=0.0.4; charset=utf-8")
 
     # -- pages
@@ -5587,83 +5489,60 @@ class Service:
             return key_page(self._stranger(path), path, "That is not the key of this job.")
         return Response.redirect(path, [set_cookie(request, KEY_COOKIE, job.job_key, path)])
 
-    def cancel_form(self, request: Request, job: Job) -> Response:
-        self.runner.cancel(job)
-        return _go_to(job_path(job.job_id), "cancel")
-
-    def delete_form(self, request: Request, job: Job) -> Response:
-        self._delete(job)
-        return _go_to("/job" if self.auth.may_administer(request) else "/", "delete")
-
-    def callback_form(self, request: Request, job: Job) -> Response:
-        self._send_callback(job, _new_key(request.form))
-        return _go_to(job_path(job.job_id), "callback")
-
-    def resubmit_form(self, request: Request, job: Job) -> Response:
-        again = check_submission({**job.read_input(), **_new_key(request.form)}, self.registry)
-        new = self._queue(again, origin=job.job_id)
-        path = job_path(new.job_id)
-        return _go_to(path, "resubmit", [] if self.auth.may_administer(request) else
-                      [set_cookie(request, KEY_COOKIE, new.job_key, path)])
+    def submit_form(self, request: Request) -> Response:
+        viewer, names, form = self._viewer(request), self.registry.names(), request.form
+        if request.method != "POST":
+            return submit_page(viewer, names, {
+                "job_type": dict(request.query).get("type", ""),
+                "api_key": "" if self.settings["API_KEYS"] else "console"})
+        try:
+            return form_of(Service.submit, "submit")(self, request)
+        except CspError as error:  # with the form as it was typed
+            return submit_page(viewer, names, form, error)
 
     def act_on_selection(self, request: Request) -> Response:
         form, action = request.form, request.form.get("action", "")
         if action not in ("cancel", "delete", "resubmit"):
             raise Conflict("action has to be cancel, delete or resubmit")
-        job_ids = [value for name, value in request.fields if name == "job_id" and not re.search(_BAD_ID, value)]
-        jobs = list(filter(None, map(self.store.get_job, dict.fromkeys(job_ids))))
+        job_ids = dict.fromkeys(value for name, value in request.fields if name == "job_id")
+        jobs = list(filter(None, map(self.store.get_job, job_ids)))
         if action == "resubmit":
-            again = [check_submission({**job.read_input(), **_new_key(form)}, self.registry) for job in jobs]
-            for submission in again:  # all or none
-                self._check_admission(submission, len(jobs))
-            for job, submission in zip(jobs, again):
-                self._queue(submission, origin=job.job_id)
-        for job in jobs if action != "resubmit" else ():
+            new_key = {"api_key": form["api_key"]} if form.get("api_key") else {}
+            for submitted in [self._repeat(job, new_key) for job in jobs]:  # all are checked before one is stored
+                self._submit(Request("POST", "/job", {"prefer": "respond-async"}), submitted)
+        for job in jobs:
             if action == "delete":
-                self._delete(job)
-            elif job.status == PENDING:
-                with suppress(Conflict):  # it has just finished
+                self.store.delete_job(job)
+                self.runner.tell_to_stop(job)
+            elif action == "cancel":
+                with suppress(Conflict):  # it has finished
                     self.runner.cancel(job)
         return _go_to(local_path(form.get("back"), "/job"), action if jobs else "none")
 
-    def clear_form(self, request: Request) -> Response:
-        self.clear_jobs(request)
-        return _go_to("/job", "clear")
 
-    def submit_form(self, request: Request) -> Response:
-        viewer, form = self._viewer(request), request.form
-        if request.method != "POST":
-            return submit_page(viewer, self.registry.names(), {
-                "job_type": dict(request.query).get("type", ""),
-                "api_key": "" if self.settings["API_KEYS"] else "console"})
-        try:
-            body: Dict[str, Any] = {name: form[name] for name in ("job_type", "api_key", "result_url")
-                                    if form.get(name)}
-            for name in ("data", "metadata"):
-                if form.get(name, "").strip():
-                    try:
-                        body[name] = from_json(form[name].encode("utf-8", "replace"))
-                    except ValueError as error:
-                        raise Conflict(f"{name} is not JSON: {error}") from None
-            job = self._queue(check_submission(body, self.registry))
-        except CspError as error:  # with the form as it was typed
-            return submit_page(viewer, self.registry.names(), form, error)
-        return _go_to(job_path(job.job_id), "submit")
-
-    def show_style(self, request: Request) -> Response:
-        return Response(200, STYLE.encode("utf-8"), "text/css; charset=utf-8", ASSET_HEADERS)
-
-    def show_script(self, request: Request) -> Response:
-        return Response(200, SCRIPT.encode("utf-8"), "text/javascript; charset=utf-8", ASSET_HEADERS)
-
-
-def _check_job_id(job_id: str) -> None:
-    if not job_id or len(job_id) > 255 or re.search(_BAD_ID, job_id) or job_id in (".", ".."):
-        raise Conflict("job_id has to be 1 to 255 characters, without slashes and control characters")
-
-
-def _new_key(form: Mapping[str, str]) -> Dict[str, str]:
-    return {"api_key": form["api_key"]} if form.get("api_key") else {}
+def form_of(endpoint: Callable[..., Response], done: str) -> Callable[..., Response]:
+    """Return what answers a form: it passes the fields to the endpoint as the API takes them, and redirects."""
+    def answer(service: Service, request: Request, *values: Any) -> Response:
+        form = request.form
+        query = urllib.parse.urlencode({"days": form.pop("days")}) if "days" in form else ""
+        body: Dict[str, Any] = {name: value for name, value in form.items() if value.strip()}
+        for name in ("data", "metadata"):
+            if name in body:
+                try:
+                    body[name] = from_json(form[name].encode("utf-8", "replace"))
+                except ValueError as error:
+                    raise Conflict(f"{name} is not JSON: {error}") from None
+        headers = {**request.headers, "content-type": "application/json", "prefer": "respond-async"}
+        response = endpoint(service, Request(request.method, f"{request.path}?{query}", headers,
+                                             json.dumps(body).encode("ascii"), request.remote, request.scheme), *values)
+        shown = json.loads(response.body if isinstance(response.body, bytes) else b"".join(response.body))
+        is_admin = service.auth.may_administer(request)
+        if "job_id" not in shown:
+            return _go_to("/job" if is_admin else "/", done)
+        path = job_path(shown["job_id"])
+        needs_key = "job_key" in shown and not is_admin
+        return _go_to(path, done, [set_cookie(request, KEY_COOKIE, shown["job_key"], path)] if needs_key else [])
+    return answer
 
 
 def _go_to(path: str, done: str, headers: Iterable[Tuple[str, str]] = ()) -> Response:
@@ -5673,78 +5552,73 @@ def _go_to(path: str, done: str, headers: Iterable[Tuple[str, str]] = ()) -> Res
     return Response.redirect(f"{path}?{urllib.parse.urlencode([*kept, ('done', done)])}", headers)
 
 
-def _change_events(shown: Optional[Job], current: Job) -> Iterator[bytes]:
-    """Yield the events for what has changed since ``shown``."""
-    if current.progress is not None and (shown is None or shown.progress != current.progress):
-        yield render_event("progress", json.loads(current.progress))
-    if shown is None or (shown.state, shown.attempts) != (current.state, current.attempts):
-        yield render_event("status", {
-            "status": current.status, "state": current.state, "attempts": current.attempts,
-            "started_timestamp": current.started_timestamp, "finished_timestamp": current.finished_timestamp,
-            "error": json.loads(current.error) if current.error else None})
+def _job_events(job: Optional[Job]) -> Dict[str, Any]:
+    """Return the events that show a job as it is now, by name; None is a deleted one."""
+    if job is None:
+        return {"status": {"status": "deleted", "state": "deleted"}}
+    return {**({"progress": json.loads(job.progress)} if job.progress else {}), "status": {
+        "status": job.status, "state": job.state, "attempts": job.attempts,
+        "started_timestamp": job.started_timestamp, "finished_timestamp": job.finished_timestamp,
+        "error": json.loads(job.error) if job.error else None}}
 
 
-class _Prepended:
-    """An iterator that gives ``first`` before the rest, and passes ``close`` on."""
+def _prefetched(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield nothing when the first part is there, then all parts: until then the stream may break unseen."""
+    first = next(parts, b"")
+    yield b""
+    yield first
+    yield from parts
 
-    def __init__(self, first: bytes, rest: Iterator[bytes]) -> None:
-        self._chain = itertools.chain([first], rest)
-        self.close = getattr(rest, "close", lambda: None)
 
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        return next(self._chain)
+def _asset(text: str, kind: str) -> Callable[..., Response]:
+    headers = [("Cache-Control", "public, max-age=31536000, immutable")]  # its address changes with it
+    return lambda service, request: Response(200, text.encode("utf-8"), f"{kind}; charset=utf-8", headers)
 
 
 ROUTES = (
-    Route("GET", "/", Service.show_help, "where the documentation is", "Help", page=Service.overview_page),
-    Route("GET", "/status", Service.show_status, "version, job types, name, numbers of jobs", "Status"),
-    Route("GET", "/events", Service.stream_events, "numbers of jobs, as they change", "text/event-stream"),
-    Route("GET", "/metrics", Service.show_metrics, "measurements for Prometheus", "text/plain"),
-    Route("GET", "/openapi.json", Service.show_openapi, "this description of the interface", "application/json"),
-    Route("GET", "/login", Service.log_in, "begin a session with Basic auth", "redirect",
-          parameters=("next",), refusals=(401, 403), page=Service.login_page),
-    Route("POST", "/login", Service.log_in, "begin a session with Basic auth or a form", "redirect", body="Login",
-          parameters=("next",), refusals=(401, 403), page=Service.login_page),
-    Route("GET", "/logout", Service.log_out, "end the session", "redirect", parameters=("next",)),
-    Route("POST", "/logout", Service.log_out, "end the session", "redirect", parameters=("next",)),
-    Route("GET", "/user", Service.show_user, "who is logged in", "User"),
-    Route("GET", "/job", Service.list_jobs, "list job ids", "JobList", LISTERS,
-          parameters=(*LIST_PARAMETERS[:6], "metadata"), refusals=(403,), page=Service.jobs_page),
-    Route("POST", "/job", Service.submit, "submit a job", "SubmittedJob", body="Submission", parameters=("Prefer",),
+    Route("GET", "/", Service.show_help, "Help", page=Service.overview_page),
+    Route("GET", "/status", Service.show_status, "Status"),
+    Route("GET", "/events", Service.stream_events, "text/event-stream"),
+    Route("GET", "/metrics", Service.show_metrics, "text/plain"),
+    Route("GET", "/openapi.json", Service.show_openapi, "application/json"),
+    Route("GET", "/login", Service.log_in, "redirect", parameters=("next",), refusals=(401, 403),
+          page=Service.login_page),
+    Route("POST", "/login", Service.log_in, "redirect", body="Login", parameters=("next",), refusals=(401, 403),
+          page=Service.login_page),
+    Route("GET", "/logout", Service.log_out, "redirect", parameters=("next",)),
+    Route("POST", "/logout", Service.log_out, "redirect", parameters=("next",)),
+    Route("GET", "/user", Service.show_user, "User"),
+    Route("GET", "/job", Service.list_jobs, "JobList", LISTERS, parameters=(*LIST_PARAMETERS[:6], "metadata"),
+          page=Service.jobs_page),
+    Route("POST", "/job", Service.submit, "SubmittedJob", body="Submission", parameters=("Prefer",), refusals=(403,)),
+    Route("DELETE", "/job", Service.clear_jobs, "Cleared", ADMIN, parameters=("days",)),
+    Route("GET", "/job/<job_id>", Service.show_job, "Job", JOB_KEY, parameters=("limit", "Prefer"),
+          page=Service.job_page, columns=WHOLE),
+    Route("POST", "/job/<job_id>", Service.submit, "SubmittedJob", body="Submission", parameters=("Prefer",),
           refusals=(403,)),
-    Route("DELETE", "/job", Service.clear_jobs, "clear old jobs", "Cleared", ADMIN, parameters=("days",)),
-    Route("GET", "/job/<job_id>", Service.show_job, "show a job", "Job", JOB_KEY, parameters=("limit", "Prefer"),
-          refusals=(404,), page=Service.job_page, columns=WHOLE),
-    Route("POST", "/job/<job_id>", Service.submit, "submit a job under an id of your own", "SubmittedJob",
-          body="Submission", parameters=("Prefer",), refusals=(403,)),
-    Route("PUT", "/job/<job_id>", Service.put_job, "submit a job under an id of your own; may be repeated",
-          "SubmittedJob", body="Submission", parameters=("Prefer",), refusals=(403,)),
-    Route("DELETE", "/job/<job_id>", Service.delete_job, "delete a job", "Success", JOB_KEY, refusals=(404,)),
-    Route("GET", "/job/<job_id>/data", Service.show_data, "the raw result of a job", RAW_RESULT, JOB_KEY,
-          parameters=("Prefer",), refusals=(404,), columns=RESULT),
-    Route("GET", "/job/<job_id>/events", Service.stream_job_events, "what happens to a job, as it happens",
-          "text/event-stream", JOB_KEY, parameters=("Last-Event-ID", "last_event_id"), refusals=(404,)),
-    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "cancel a job", "Job", JOB_KEY, refusals=(404,),
-          page=Service.cancel_form),
-    Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "submit a job again", "SubmittedJob", JOB_KEY,
-          body="NewKey", parameters=("Prefer",), refusals=(404,), page=Service.resubmit_form, columns=WHOLE),
-    Route("POST", "/job/<job_id>/callback", Service.send_callback, "send a job's callback again", "Job", JOB_KEY,
-          body="NewKey", refusals=(404,), page=Service.callback_form),
-    Route("POST", "/job/<job_id>/report", Service.take_report, "report from the worker that runs a job elsewhere",
-          "Instruction", RUN_TOKEN, body="Report"),
+    Route("PUT", "/job/<job_id>", Service.put_job, "SubmittedJob", body="Submission", parameters=("Prefer",),
+          refusals=(403,)),
+    Route("DELETE", "/job/<job_id>", Service.delete_job, "Success", JOB_KEY),
+    Route("GET", "/job/<job_id>/data", Service.show_data, RAW_RESULT, JOB_KEY, parameters=("Prefer",), columns=RESULT),
+    Route("GET", "/job/<job_id>/events", Service.stream_events, "text/event-stream", JOB_KEY,
+          parameters=("Last-Event-ID", "last_event_id")),
+    Route("POST", "/job/<job_id>/cancel", Service.cancel_job, "Job", JOB_KEY,
+          page=form_of(Service.cancel_job, "cancel")),
+    Route("POST", "/job/<job_id>/resubmit", Service.resubmit_job, "SubmittedJob", JOB_KEY, "NewKey", ("Prefer",),
+          page=form_of(Service.resubmit_job, "resubmit"), columns=WHOLE),
+    Route("POST", "/job/<job_id>/callback", Service.send_callback, "Job", JOB_KEY, "NewKey",
+          page=form_of(Service.send_callback, "callback")),
+    Route("POST", "/job/<job_id>/report", Service.take_report, "Instruction", RUN_TOKEN, "Report"),
 )
-CONSOLE_ROUTES = (  # used by the forms of the pages alone
-    Route("GET", STYLE_PATH, Service.show_style, "the style of the pages", "text/css"),
-    Route("GET", SCRIPT_PATH, Service.show_script, "the script of the pages", "text/javascript"),
-    Route("GET", "/console/submit", Service.submit_form, "the form that submits a job", "text/html", ADMIN),
-    Route("POST", "/console/submit", Service.submit_form, "submit a job", "text/html", ADMIN),
-    Route("POST", "/console/selection", Service.act_on_selection, "act on the chosen jobs", "text/html", ADMIN),
-    Route("POST", "/console/clear", Service.clear_form, "clear old jobs", "text/html", ADMIN),
-    Route("POST", "/job/<job_id>/delete", Service.delete_form, "delete a job", "text/html", JOB_KEY),
-    Route("POST", "/job/<job_id>/key", Service.take_key, "take the key of a job", "text/html"),
+CONSOLE_ROUTES = (  # used by the pages alone
+    Route("GET", STYLE_PATH, _asset(STYLE, "text/css")),
+    Route("GET", SCRIPT_PATH, _asset(SCRIPT, "text/javascript")),
+    Route("GET", "/console/submit", Service.submit_form, access=ADMIN),
+    Route("POST", "/console/submit", Service.submit_form, access=ADMIN),
+    Route("POST", "/console/selection", Service.act_on_selection, access=ADMIN),
+    Route("POST", "/console/clear", form_of(Service.clear_jobs, "clear"), access=ADMIN),
+    Route("POST", "/job/<job_id>/delete", form_of(Service.delete_job, "delete"), access=JOB_KEY),
+    Route("POST", "/job/<job_id>/key", Service.take_key),
 )
 
 
