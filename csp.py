@@ -65,7 +65,7 @@ import weakref
 from collections import deque, namedtuple
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import ThreadingHTTPServer
 
 try:  # hmac.compare_digest, without the 3.6 MB of OpenSSL that hmac loads
@@ -2588,7 +2588,6 @@ REPORT_PAUSES = (0.1, 30.0)  # seconds between reports; doubled up to the longes
 REPORT_TIMEOUT_SECONDS = 10.0
 REPORT_CHARACTERS = 2**20  # in one report
 FIRST_REPORTS = 3  # how often a worker asks whether it may begin a job that may run at most once
-SERVER_END_SECONDS = 2.0  # how long a stop waits for the fork server, which has little to do
 ADDRESS_SECONDS = 1.0  # how long the first jobs wait for the server to have an address
 KILL_SECONDS = 0.5  # between SIGTERM and SIGKILL: time for a job to clean up
 SIGKILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process either way
@@ -2631,7 +2630,6 @@ def safe_text(value: Any) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the error's type and text as a traceback's last line shows them."""
     text = safe_text(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -2701,9 +2699,8 @@ class RemoteRun(Run):
     that ``asks_first``, because it may run at most once, only the first. Any thread may call the methods.
     """
 
-    def __init__(self, job_id: str, seq: int, attempt: int, announce: Callable[[Run, bool], None],
-                 timeout_seconds: Optional[float] = None) -> None:
-        super().__init__(job_id, seq, attempt, announce, timeout_seconds)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.token = make_token()
         self.executor: Optional[Executor] = None
         self.future: Optional[Future[Any]] = None
@@ -2716,10 +2713,8 @@ class RemoteRun(Run):
         """Set the flag that the next report brings back, and cancel the future if the executor can."""
         super().tell_to_stop()
         if self.future is not None:
-            try:
+            with suppress(Exception):  # foreign code, and the runner's loop is what calls it
                 self.future.cancel()
-            except Exception as error:  # noqa: BLE001 - foreign code, and the runner's loop is what calls it
-                log.debug("a future cannot be cancelled: %s", safe_text(error))
 
     def take_report(self, report: Mapping[str, Any]) -> bool:
         """Add the report's new lines and its progress; return whether that execution goes on."""
@@ -2777,21 +2772,16 @@ def import_file(path, name):
     if path is None or not os.path.isfile(path):
         return importlib.import_module(name)
     path = os.path.realpath(path)
-    def is_that(file):
-        return bool(file) and os.path.realpath(file) == path
     with vars(sys).setdefault("_csp_importing", threading.RLock()):  # several threads may want the same file
         for wanted in itertools.chain(("__main__", name), (f"{name}_{number}" for number in itertools.count(2))):
-            if is_that(getattr(sys.modules.get(wanted), "__file__", None)):
-                return sys.modules[wanted]
             if wanted in sys.modules:
-                continue
-            try:
-                spec = importlib.util.find_spec(wanted)
-            except ImportError:
-                spec = None
-            if spec is None:
-                break
-            if is_that(spec.origin):
+                file = getattr(sys.modules[wanted], "__file__", None)
+            else:
+                try:
+                    file = importlib.util.find_spec(wanted).origin
+                except (ImportError, AttributeError):
+                    break  # nothing has that name
+            if file and os.path.realpath(file) == path:
                 return importlib.import_module(wanted)
         if os.path.dirname(path) not in sys.path:
             sys.path.append(os.path.dirname(path))
@@ -2836,10 +2826,8 @@ def load_module(name: str) -> types.ModuleType:
         return import_file(path, re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0]))
     except StartError:
         raise
-    except ImportError as error:
-        raise StartError(f"The module {name} cannot be imported: {error}.") from None
-    except SyntaxError as error:
-        raise StartError(f"The module {name} has a syntax error: {error}.") from None
+    except (ImportError, SyntaxError) as error:
+        raise StartError(f"The module {name} cannot be imported: {describe_error(error)}.") from None
     except Exception as error:
         lines = traceback.extract_tb(error.__traceback__)
         line = next((line for line in reversed(lines) if line.filename not in (__file__, "<string>")), lines[-1])
@@ -2855,7 +2843,7 @@ def become(name: str) -> None:
 
 
 def enter_environment(environment: Mapping[str, Any]) -> None:
-    """Give this worker the service's names for this module and its settings; do nothing in the service's process."""
+    """Give this worker the service's names for this module and its settings."""
     if environment["process"] != [_PROCESS, os.getpid()]:
         for alias in environment["aliases"]:
             become(alias)
@@ -2883,22 +2871,13 @@ class Reporter:
     """
 
     def __init__(self, task: Mapping[str, Any]) -> None:
-        self._url = urllib.parse.urlsplit(task["url"] or "")
-        self._token, self._execution = task["token"], make_token()
+        self._url, self._token, self._execution = urllib.parse.urlsplit(task["url"] or ""), task["token"], make_token()
         self._lock = threading.Lock()  # guards the next two, so that ``close`` returns what was not sent
         self._sent = 0
         self._closing = threading.Event()
         self._wanted = threading.Event()
         self.run = Run(task["job_id"], 0, task["attempt"], lambda run, is_log: self._wanted.set())
-
-    def ask(self) -> Optional[bool]:
-        """Return whether the run may begin; None if the service has not answered."""
-        answer = self._report() if self._url.netloc else None
-        for _ in range(FIRST_REPORTS - 1):
-            if answer is None and self._url.netloc:
-                self._closing.wait(REPORT_SECONDS)
-                answer = self._report()
-        return answer
+        self.run.limit_backlog(bool(task["url"]))
 
     def work(self) -> None:
         pause = REPORT_PAUSES[0]
@@ -2906,33 +2885,27 @@ class Reporter:
             self._wanted.wait(max(REPORT_SECONDS, pause))
             self._wanted.clear()
             if not self._closing.is_set():
-                is_answered = self._report() is not None
+                is_answered = self.report() is not None
                 self.run.limit_backlog(is_answered)  # no job waits for a service that cannot be reached
                 pause = REPORT_PAUSES[0] if is_answered else min(2.0 * pause, REPORT_PAUSES[1])
                 self._closing.wait(pause)
 
-    def close(self) -> Dict[str, Any]:
-        """Send no more; return a report of what may not have arrived."""
-        with self._lock:
-            self._closing.set()
-            report = self._describe(self.run.peek().lines)
-        self._wanted.set()
-        return report
-
-    def _describe(self, lines: List[LogLine]) -> Dict[str, Any]:
-        progress = self.run.progress
-        return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in lines],
-                "progress": json.loads(progress) if progress is not None else None,
-                "seconds": time.monotonic() - self.run.started_at}
-
-    def _report(self) -> Optional[bool]:
+    def report(self) -> Optional[bool]:
         """Send what is new; return whether the run goes on, None if the service has not answered."""
         with self._lock:
             output = self.run.peek()
             sizes = itertools.accumulate(len(line.message) + LINE_CHARACTERS for line in output.lines)
             lines = output.lines[:max(1, sum(size <= REPORT_CHARACTERS for size in sizes))]
             body = to_json(self._describe(lines)).encode("utf-8")
-        goes_on = self._post(body)
+        goes_on: Optional[bool] = None
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        with closing(kind(self._url.netloc, timeout=REPORT_TIMEOUT_SECONDS)) as connection, suppress(
+                OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+            headers = {"Authorization": self._token, "Content-Type": "application/json"}
+            connection.request("POST", self._url.path, body, headers)
+            response = connection.getresponse()
+            if response.status in (200, 403, 404):  # the last two: the run is over for the service
+                goes_on = response.status == 200 and not json.loads(response.read())["cancelled"]
         with self._lock:
             if goes_on is False:
                 self.run.tell_to_stop()
@@ -2943,23 +2916,20 @@ class Reporter:
                 self._wanted.set()
         return goes_on
 
-    def _post(self, body: bytes) -> Optional[bool]:
-        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(self._url.netloc, timeout=REPORT_TIMEOUT_SECONDS)
-        try:
-            headers = {"Authorization": self._token, "Content-Type": "application/json"}
-            connection.request("POST", self._url.path, body, headers)
-            response = connection.getresponse()
-            if response.status in (403, 404):
-                return False  # the run is over for the service
-            return not json.loads(response.read())["cancelled"] if response.status == 200 else None
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-            return None
-        finally:
-            connection.close()
+    def close(self) -> Dict[str, Any]:
+        """Send no more; return a report of what may not have arrived."""
+        with self._lock:
+            self._closing.set()
+            self._wanted.set()
+            return self._describe(self.run.peek().lines)
+
+    def _describe(self, lines: List[LogLine]) -> Dict[str, Any]:
+        return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in lines],
+                "progress": json.loads(self.run.progress or "null"),
+                "seconds": time.monotonic() - self.run.started_at}
 
 
-def run_task(text: str, environment: Mapping[str, Any]) -> str:
+def run_task(text: Union[str, bytes], environment: Mapping[str, Any]) -> str:
     """Run the task's function in this process; return its outcome and the last report as a text. Raises nothing."""
     task = json.loads(text)
     reporter = Reporter(task)
@@ -2975,18 +2945,21 @@ def run_task(text: str, environment: Mapping[str, Any]) -> str:
         place = task["function"]
         return getattr(import_file(place["file"], place["module"]), place["name"])(task_id, input)
 
-    may_begin = reporter.ask() if task["asks_first"] else True
+    may_begin: Optional[bool] = None if task["asks_first"] else True
+    for number in range(FIRST_REPORTS if task["url"] else 0):
+        if may_begin is None:
+            time.sleep(number * REPORT_SECONDS)
+            may_begin = reporter.report()
     if may_begin:
         _runs.setdefault(run.job_id, run)  # the service's own process has its own run there
         if task["url"]:
             threading.Thread(target=reporter.work, name="csp-report", daemon=True).start()
-        run.limit_backlog(bool(task["url"]))
         outcome = run_function(call, run, lambda: task["input"], join_stream if task["streams"] else None)
-    elif may_begin is None:
-        outcome = failure("The worker cannot reach the service (setting URL), and a job that may run at most once "
-                          "is not begun without it.")
     else:
-        outcome = failure(f"A worker has died while it ran the job. {NOT_AGAIN}")
+        outcome = failure(
+            f"A worker has died while it ran the job. {NOT_AGAIN}" if may_begin is False else
+            "The worker cannot reach the service (setting URL), and a job that may run at most once is not begun "
+            "without it.")
     run.end()
     binary = base64.b64encode(outcome.data).decode("ascii") if isinstance(outcome.data, bytes) else None
     return to_json({**outcome._asdict(), "data": outcome.data if binary is None else None, "base64": binary,
@@ -2996,16 +2969,14 @@ def run_task(text: str, environment: Mapping[str, Any]) -> str:
 # -- a process for each job
 
 class ProcessFuture(Future):  # type: ignore[type-arg]  # it is no generic class before Python 3.9
-    """The future of a call in a process of its own; ``cancel`` also ends a process that is running."""
+    """The future of a task in a process of its own; ``cancel`` has that process ended."""
 
     def __init__(self, control: socket.socket) -> None:
         super().__init__()
         self._control, self.pid, self.is_unwanted = control, 0, False
 
     def cancel(self) -> bool:
-        """Cancel the call, or have its process sent SIGTERM, and SIGKILL after KILL_SECONDS."""
-        if super().cancel():
-            return True
+        """Have the process sent SIGTERM, and SIGKILL after KILL_SECONDS; its end is the task's."""
         self.is_unwanted = True
         if self.pid and not self.done():
             with suppress(OSError):  # the server process has ended
@@ -3014,61 +2985,56 @@ class ProcessFuture(Future):  # type: ignore[type-arg]  # it is no generic class
 
 
 class ProcessExecutor(Executor):
-    """Runs each call in a process of its own, forked from a server process that has imported the job modules already.
+    """Runs each task in a process of its own, forked from a server process that has imported the job modules already.
 
-    The result is a text, or an Ending if there is none. ``functions``, from ``locate``, are imported beforehand.
-    (multiprocessing's own fork server would run the service's main module again in each process, and cannot preload a
-    module that was loaded from a file.)
+    (multiprocessing's own would run the main module again in each process, and preloads no module from a file.)
 
-    To the server goes a process id, which is told to stop, or 0 and a connection: a call is to be made there. On that
-    connection the server answers with the new process's id, then the process takes its call and sends its result, and
-    the server adds the exit code and shuts it down, whoever else may have inherited it.
+    The server gets the id of a process to stop, or 0 and a connection. There it answers with the id of a new process,
+    which takes the task and sends its result; then the server adds the exit code and shuts the connection down,
+    whoever else has inherited it. A future's result is a text, or an Ending if there is none.
     """
 
-    def __init__(self, workers: int, environment: Mapping[str, Any], functions: Sequence[Location]) -> None:
+    def __init__(self, environment: Mapping[str, Any], functions: Sequence[Location]) -> None:
         import subprocess
-        self._threads = ThreadPoolExecutor(2 * workers + 8, "csp-process")  # late ones are still being killed
         self._control, control = socket.socketpair()
         self.close_in_child = self._control.close
         _closed_in_children.add(self)
         with control:
+            values = {"prepare": _PREPARE, "environment": environment, "functions": functions,
+                      "control": control.fileno()}
             self._process = subprocess.Popen([sys.executable, "-c", _SERVE], stdin=subprocess.PIPE,
                                              pass_fds=[control.fileno()], start_new_session=True)
-            names = {"prepare": _PREPARE, "environment": environment, "functions": functions,
-                     "control": control.fileno()}
         assert self._process.stdin is not None
-        with suppress(OSError), self._process.stdin as stream:  # if it has ended, the first call is told so
-            stream.write(ascii(names).encode("ascii"))
+        with suppress(OSError), self._process.stdin as stream:  # if it has ended, the first task is told so
+            stream.write(ascii(values).encode("ascii"))
 
     def submit(self, function: Callable[..., str],  # type: ignore[override]  # the class is generic in nothing
-               *arguments: Any, **named: Any) -> ProcessFuture:
-        import pickle
+               *arguments: Any, **_: Any) -> ProcessFuture:
+        """Run the task of an Engine's call; the server knows the rest of the call."""
         future = ProcessFuture(self._control)
-        self._threads.submit(self._run, future, pickle.dumps((function, arguments, named)))
+        future.set_running_or_notify_cancel()
+        task = arguments[1]["task"].encode("utf-8") + b"\n"
+        threading.Thread(target=self._run, args=(future, task), name="csp-process", daemon=True).start()
         return future
 
-    def shutdown(self, wait: bool = True, **options: Any) -> None:
+    def shutdown(self, *_: Any, **__: Any) -> None:
         import subprocess
         with suppress(OSError):
             self._control.shutdown(socket.SHUT_RDWR)  # the server ends, and with it all its processes
         self._control.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(2.0)  # it has little to do
+
+    def _run(self, future: ProcessFuture, task: bytes) -> None:
         try:
-            self._process.wait(SERVER_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-        self._threads.shutdown(wait=wait)
+            future.set_result(self._get_result(future, task))
+        except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
+            if future.pid:
+                _kill_group(future.pid, SIGKILL)
+            future.set_exception(BrokenExecutor(f"The server process has ended ({safe_text(error)})."))
 
-    def _run(self, future: ProcessFuture, call: bytes) -> None:
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(self._get_result(future, call))
-            except (OSError, ValueError) as error:  # the latter of a connection that is closed
-                if future.pid:
-                    _kill_group(future.pid, SIGKILL)
-                future.set_exception(BrokenExecutor(f"The server process has ended ({error})."))
-
-    def _get_result(self, future: ProcessFuture, call: bytes) -> Union[str, Ending]:
-        """Return what comes of the call; raise OSError or ValueError if the server process has ended."""
+    def _get_result(self, future: ProcessFuture, task: bytes) -> Union[str, Ending]:
+        """Return what comes of the task; raises something if the server process has ended."""
         from multiprocessing.connection import wait
         try:
             data, childs_data = socket.socketpair()
@@ -3084,28 +3050,25 @@ class ProcessExecutor(Executor):
             with childs_data:
                 descriptor = _INTEGER.pack(childs_data.fileno())
                 self._control.sendmsg([_INTEGER.pack(0)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
-            answer = receive(_INTEGER.size)
-            pid = _INTEGER.unpack(answer)[0] if answer else -24
+            pid: int = _INTEGER.unpack(receive(_INTEGER.size))[0]
             if pid < 0:
                 return Ending(NOT_STARTED, reason=f"No process can be made: {os.strerror(-pid)}.")
             future.pid = pid
             if future.is_unwanted:
                 future.cancel()
             with suppress(OSError):  # then its exit code says why
-                data.sendall(call)
+                data.sendall(task)
             received = b"".join(iter(lambda: receive(2**20), b""))
         result, code = received[:-_INTEGER.size], _INTEGER.unpack(received[-_INTEGER.size:])[0]
         if result and code == 0:
             return result.decode("utf-8")
-        if code >= 0:
-            return Ending(DIED, reason=f"The process of the job ended with exit code {code} before the job had "
-                                       "returned.")
         name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-        return Ending(DIED, reason=f"The process of the job was killed by signal {-code} ({name}).")
+        return Ending(DIED, reason=f"The process of the job was killed by signal {-code} ({name})." if code < 0 else
+                      f"The process of the job ended with exit code {code} before the job had returned.")
 
 
 def serve_forks(descriptor: int, environment: Mapping[str, Any], functions: Sequence[Location]) -> None:
-    """Be the server process: import the job modules, then fork for each call, until the service's end closes."""
+    """Be the server process: import the job modules, then fork for each task, until the service's end closes."""
     from multiprocessing.connection import wait
     control = socket.socket(fileno=descriptor)
     children: Dict[int, socket.socket] = {}  # by pid
@@ -3113,10 +3076,8 @@ def serve_forks(descriptor: int, environment: Mapping[str, Any], functions: Sequ
     prepare_for_shortage()
     enter_environment(environment)
     for place in functions:
-        try:
+        with suppress(BaseException):  # the job's own process will say it, where somebody sees it
             import_file(place["file"], str(place["module"]))
-        except BaseException as error:  # noqa: BLE001 - the job's own process will say it, where somebody sees it
-            log.debug("%s cannot be loaded beforehand: %s", place["module"], safe_text(error))
     for number in (signal.SIGTERM, signal.SIGINT):  # whoever sends one to all processes means the service
         signal.signal(number, signal.SIG_IGN)
     _flush_streams()  # or each child would write what the modules have printed
@@ -3148,7 +3109,7 @@ def serve_forks(descriptor: int, environment: Mapping[str, Any], functions: Sequ
                 pid = _INTEGER.unpack(message)[0]
                 if ancillary:
                     connection = socket.socket(fileno=_INTEGER.unpack(ancillary[0][2])[0])
-                    _fork(connection, control, children)
+                    _fork(connection, environment, control, children)
                 elif pid in children:
                     told.setdefault(pid, time.monotonic())
                     _kill_group(pid, signal.SIGTERM)
@@ -3169,9 +3130,9 @@ def _flush_streams() -> None:
             stream.flush()
 
 
-def _fork(connection: socket.socket, control: socket.socket, children: Dict[int, socket.socket]) -> None:
-    """Fork a process for the connection's call, in a session of its own: a signal reaches also what it starts."""
-    import pickle
+def _fork(connection: socket.socket, environment: Mapping[str, Any], control: socket.socket,
+          children: Dict[int, socket.socket]) -> None:
+    """Fork a process for the connection's task, in a session of its own: a signal reaches also what it starts."""
     try:
         pid = os.fork()
     except OSError as error:
@@ -3193,8 +3154,8 @@ def _fork(connection: socket.socket, control: socket.socket, children: Dict[int,
         for other in (control, *children.values()):
             other.close()
         with connection.makefile("rb") as stream:
-            function, arguments, named = pickle.load(stream)
-        connection.sendall(function(*arguments, **named).encode("utf-8"))
+            task = stream.readline()  # JSON has no line breaks
+        connection.sendall(run_task(task, environment).encode("utf-8"))
         code = 0
     except BaseException:  # noqa: BLE001 - whatever it is, this process has to end here
         traceback.print_exc()
@@ -3213,8 +3174,8 @@ class Engine:
 
     def __init__(self, make: Callable[[], Executor], settings: Mapping[str, Any], is_here: bool) -> None:
         self._make, self._is_here = make, is_here
-        self._lock = threading.Lock()  # guards the executor, also while it is made, which may take forever
-        self._executor: Optional[Executor] = make()
+        self._lock = threading.Lock()  # while an executor is made, which may take forever
+        self._executors = [make()]  # none if it has broken
         self._is_closed = False
         self._url: Optional[str] = settings["URL"]
         self._is_url_known = threading.Event()
@@ -3240,12 +3201,17 @@ class Engine:
         except ValueError as error:
             return Ending(ENDED, failure(safe_text(error)))
         try:
-            run.executor = self._get_executor()
+            with self._lock:
+                if not self._executors:
+                    self._executors.append(self._make())
+                run.executor = self._executors[0]
+            if self._is_closed:
+                self.close()  # the service was stopped while it was made
             values = {"prepare": _PREPARE, "environment": self._environment, "task": task}
             run.future = run.executor.submit(eval, _CALL, values)
             run.future.add_done_callback(then)
         except Exception as error:  # noqa: BLE001 - an executor is foreign code and may fail in any way
-            if not isinstance(error, (TypeError, ValueError)):  # these are about the task
+            if not self._is_here and not isinstance(error, (TypeError, ValueError)):  # these are about the task
                 self._discard(run.executor)
             return Ending(NOT_STARTED, reason=f"It could not be started: {describe_error(error)}")
         return None
@@ -3273,30 +3239,14 @@ class Engine:
     def close(self) -> None:
         """End the executor; what still runs in it is not waited for."""
         self._is_closed = True
-        self._shut_down(self._executor)
-
-    def _get_executor(self) -> Executor:
-        with self._lock:
-            if self._executor is None:
-                self._executor = self._make()
-            if self._is_closed:
-                self._shut_down(self._executor)  # the service was stopped while it was made
-                raise RuntimeError("The service has stopped.")
-            return self._executor
+        for executor in self._executors[:]:
+            self._discard(executor)
 
     def _discard(self, executor: Optional[Executor]) -> None:
-        with self._lock:
-            if self._executor is executor:
-                self._executor = None
-        self._shut_down(executor)
-
-    @staticmethod
-    def _shut_down(executor: Optional[Executor]) -> None:
-        if executor is not None:
-            try:
+        if executor in self._executors:
+            with suppress(Exception):  # it is foreign code, or another thread has discarded it just now
+                self._executors.remove(executor)
                 executor.shutdown(wait=False)
-            except Exception as error:  # noqa: BLE001 - an executor is foreign code, and this one is at its end
-                log.debug("an executor cannot be shut down: %s", safe_text(error))
 
 
 def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Engine]:
@@ -3304,32 +3254,28 @@ def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Eng
     name: str = settings["EXECUTOR"]
     if name == "thread":
         return None
-    types = [job_type for job_type in map(registry.get, registry.names()) if job_type and not job_type.synchronous]
+    if name == "process" and not hasattr(os, "fork"):
+        raise StartError("The setting EXECUTOR is process, and this system cannot fork processes; set it to thread or "
+                         "to MODULE:FACTORY.")
+    types = filter(None, map(registry.get, registry.names()))
     try:
-        functions = [locate(job_type.function) for job_type in types]
-    except ValueError as error:
-        raise StartError(str(error)) from None
-    if name == "process":
-        if not hasattr(os, "fork"):
-            raise StartError("The setting EXECUTOR is process, and this system cannot fork processes; set it to thread "
-                             "or to MODULE:FACTORY.")
-        environment = describe_environment(settings, is_here=True)
-        return Engine(lambda: ProcessExecutor(settings["WORKERS"], environment, functions), settings, is_here=True)
-    module, _, attribute = name.rpartition(":")
-    factory = getattr(load_module(module), attribute, None)
-    if not callable(factory):
-        raise StartError(f"The setting EXECUTOR names {attribute}, and {module} has no such function.")
+        functions = [locate(job_type.function) for job_type in types if not job_type.synchronous]
+        if name == "process":
+            environment = describe_environment(settings, is_here=True)
+            return Engine(lambda: ProcessExecutor(environment, functions), settings, is_here=True)
+        module, _, attribute = name.rpartition(":")
+        factory = getattr(load_module(module), attribute)
 
-    def make() -> Executor:
-        import multiprocessing.util
-        executor = factory(settings)
-        if not isinstance(executor, Executor):
-            raise TypeError(f"it has returned {type(executor).__name__}, which is no concurrent.futures.Executor")
-        multiprocessing.util.register_after_fork(executor, lambda _: _end_with_parent())
-        return executor
-
-    try:
+        def make() -> Executor:
+            import multiprocessing.util
+            executor = factory(settings)
+            if not isinstance(executor, Executor):
+                raise TypeError(f"it has returned {type(executor).__name__}, which is no concurrent.futures.Executor")
+            multiprocessing.util.register_after_fork(executor, lambda _: _end_with_parent())
+            return executor
         return Engine(make, settings, is_here=False)
+    except StartError:
+        raise
     except Exception as error:
         raise StartError(f"The executor {name} cannot be made: {describe_error(error)}.") from error
 
