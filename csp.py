@@ -2583,10 +2583,9 @@ class CallbackSender:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
-REPORT_SECONDS = 1.0  # how often a worker that has nothing to say asks whether its run goes on
-REPORT_PAUSES = (0.1, 30.0)  # seconds between reports; doubled up to the longest while they fail
+REPORT_SECONDS = 1.0  # how often a worker that has nothing to say, or was not answered, asks whether its run goes on
+REPORT_PAUSE_SECONDS = 0.1  # between reports of a worker that has much to say
 REPORT_TIMEOUT_SECONDS = 10.0
-REPORT_CHARACTERS = 2**20  # in one report
 FIRST_REPORTS = 3  # how often a worker asks whether it may begin a job that may run at most once
 ADDRESS_SECONDS = 1.0  # how long the first jobs wait for the server to have an address
 KILL_SECONDS = 0.5  # between SIGTERM and SIGKILL: time for a job to clean up
@@ -2880,23 +2879,19 @@ class Reporter:
         self.run.limit_backlog(bool(task["url"]))
 
     def work(self) -> None:
-        pause = REPORT_PAUSES[0]
         while not self._closing.is_set():
-            self._wanted.wait(max(REPORT_SECONDS, pause))
+            self._wanted.wait(REPORT_SECONDS)
             self._wanted.clear()
             if not self._closing.is_set():
                 is_answered = self.report() is not None
                 self.run.limit_backlog(is_answered)  # no job waits for a service that cannot be reached
-                pause = REPORT_PAUSES[0] if is_answered else min(2.0 * pause, REPORT_PAUSES[1])
-                self._closing.wait(pause)
+                self._closing.wait(REPORT_PAUSE_SECONDS if is_answered else REPORT_SECONDS)
 
     def report(self) -> Optional[bool]:
         """Send what is new; return whether the run goes on, None if the service has not answered."""
         with self._lock:
             output = self.run.peek()
-            sizes = itertools.accumulate(len(line.message) + LINE_CHARACTERS for line in output.lines)
-            lines = output.lines[:max(1, sum(size <= REPORT_CHARACTERS for size in sizes))]
-            body = to_json(self._describe(lines)).encode("utf-8")
+            body = to_json(self._describe(output)).encode("utf-8")
         goes_on: Optional[bool] = None
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
         with closing(kind(self._url.netloc, timeout=REPORT_TIMEOUT_SECONDS)) as connection, suppress(
@@ -2910,8 +2905,8 @@ class Reporter:
             if goes_on is False:
                 self.run.tell_to_stop()
             if goes_on is not None and not self._closing.is_set():
-                self.run.drop(output._replace(lines=lines))
-                self._sent += len(lines)
+                self.run.drop(output)
+                self._sent += len(output.lines)
             if self.run.has_output:
                 self._wanted.set()
         return goes_on
@@ -2921,12 +2916,11 @@ class Reporter:
         with self._lock:
             self._closing.set()
             self._wanted.set()
-            return self._describe(self.run.peek().lines)
+            return self._describe(self.run.peek())
 
-    def _describe(self, lines: List[LogLine]) -> Dict[str, Any]:
-        return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in lines],
-                "progress": json.loads(self.run.progress or "null"),
-                "seconds": time.monotonic() - self.run.started_at}
+    def _describe(self, output: Output) -> Dict[str, Any]:
+        return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in output.lines],
+                "progress": json.loads(self.run.progress or "null"), "seconds": time.monotonic() - self.run.started_at}
 
 
 def run_task(text: Union[str, bytes], environment: Mapping[str, Any]) -> str:
@@ -3031,10 +3025,10 @@ class ProcessExecutor(Executor):
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
             if future.pid:
                 _kill_group(future.pid, SIGKILL)
-            future.set_exception(BrokenExecutor(f"The server process has ended ({safe_text(error)})."))
+            future.set_exception(BrokenExecutor(f"The server process has ended ({describe_error(error)})."))
 
     def _get_result(self, future: ProcessFuture, task: bytes) -> Union[str, Ending]:
-        """Return what comes of the task; raises something if the server process has ended."""
+        """Return what comes of the task; raise something if the server process has ended."""
         from multiprocessing.connection import wait
         try:
             data, childs_data = socket.socketpair()
@@ -3043,7 +3037,7 @@ class ProcessExecutor(Executor):
 
         def receive(size: int) -> bytes:
             if self._control in wait([data, self._control]):
-                raise ConnectionResetError("it has closed its connection")
+                raise EOFError
             return data.recv(size)
 
         with data:
