@@ -4557,10 +4557,6 @@ ENGINE_JOBS = """
     NAME = web.app.config["NAME"]  # when the module is imported
     web.init()
 
-    class TwoArguments(Exception):
-        def __init__(self, one, two):
-            super().__init__(one, two)
-
     def logger_of(task_id, input):
         logger = logging.getLogger(task_id)
         logger.setLevel("INFO")
@@ -4580,10 +4576,6 @@ ENGINE_JOBS = """
     @job.asynchronous
     def broken(task_id, input):
         raise ValueError("serious exception")
-
-    @job.asynchronous
-    def two_arguments(task_id, input):
-        raise TwoArguments(1, 2)
 
     @job.asynchronous
     def leave(task_id, input):
@@ -4911,7 +4903,6 @@ class TestOutcomes:
 
     @pytest.mark.parametrize("job_type, message, has_traceback", [
         ("verdict", "no", False), ("broken", "ValueError: serious exception", True), ("leave", "SystemExit: 3", True),
-        ("two_arguments", "TwoArguments: (1, 2)", True),
         ("no_json", "The result of the job is not JSON: Object of type object is not JSON serializable", False)])
     def test_an_error(self, engines, job_type, message, has_traceback):
         client = engines("process").client
@@ -5031,10 +5022,8 @@ class TestProcesses:
 
     def test_modules_are_loaded_before_the_first_job(self, engage, tmp_path):
         counter = tmp_path / "imports"
-        (tmp_path / "counted.py").write_text(
-            f"import csp.job as job\nopen({str(counter)!r}, 'a').write('x')\n"
-            "@job.asynchronous\ndef work(task_id, input):\n    pass\n"
-        )
+        source = "import csp.job\nopen({!r}, 'a').write('x')\n@csp.job.asynchronous\ndef work(task_id, input): pass\n"
+        (tmp_path / "counted.py").write_text(source.format(str(counter)))
         client = engage("process", jobs=str(tmp_path / "counted.py")).client
         for job in [client.submit("work") for _ in range(5)]:
             assert client.finish(job)["status"] == "complete"
@@ -5192,16 +5181,14 @@ class TestTasks:
         future.set_result(second)
         assert client.finish(job)["error"]["message"].endswith("It is not of a kind that is run again.")
 
-    def test_what_may_run_once_is_not_begun_without_the_service(self, held_engine, dead_url, monkeypatch):
+    def test_without_a_way_to_the_service_everything_comes_with_the_result(self, held_engine, dead_url, monkeypatch):
         monkeypatch.setattr(csp, "REPORT_SECONDS", 0.01)
-        held_engine.client.submit("top_level_once", 1)
-        assert "cannot reach the service" in run_task(held_engine.take()[2], dead_url)["error"]
-
-    def test_without_a_way_to_the_service_everything_comes_with_the_result(self, held_engine, dead_url):
         held_engine.client.submit("top_level", 1)
-        task = held_engine.take()[2]
+        held_engine.client.submit("top_level_once", 1)
+        any_task, once = (held_engine.take()[2] for _ in range(2))
         for url in (None, dead_url):
-            assert run_task(task, url)["report"]["progress"] == {"fraction": 0.5, "message": None}
+            assert run_task(any_task, url)["report"]["progress"] == {"fraction": 0.5, "message": None}
+            assert "cannot reach the service" in run_task(once, url)["error"]  # what may run once is not begun
 
     def test_a_cancelled_or_ended_job_is_told_so(self, held_engine):
         client, job = held_engine.client, held_engine.client.submit("top_level")
@@ -5311,15 +5298,6 @@ class TestTasks:
             finally:
                 process.terminate()
         assert "A worker imports the job module" in message
-
-    def test_a_result_after_the_job_was_deleted_is_dropped(self, held_engine):
-        client, job = held_engine.client, held_engine.client.submit("top_level")
-        future, call, _ = held_engine.take()
-        future.set_running_or_notify_cancel()
-        client.delete(f"/job/{job['job_id']}", key=job["job_key"])
-        future.set_result(call())
-        eventually(lambda: not held_engine.service.runner.running)
-        assert client.get(f"/job/{job['job_id']}", key=SECURE_KEY).status == 404
 
     def test_a_function_that_cannot_be_found_elsewhere_stops_the_start(self, tmp_path):
         registry = csp.Registry()
