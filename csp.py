@@ -2863,20 +2863,20 @@ def _end_with_parent() -> None:
         threading.Thread(target=end, name="csp-parent", daemon=True).start()
 
 
-class Reporter:
-    """Makes a task's ``run``, brings its log and progress to the service, and tells it when it is to stop.
+class Reporter(Run):
+    """A task's run in a worker: brings its log and progress to the service, which says when it is to stop.
 
     ``work``, in a thread of its own, sends in batches, and again what did not arrive; ``close`` returns the rest.
     """
 
     def __init__(self, task: Mapping[str, Any]) -> None:
+        super().__init__(task["job_id"], 0, task["attempt"], lambda run, is_log: self._wanted.set())
         self._url, self._token, self._execution = urllib.parse.urlsplit(task["url"] or ""), task["token"], make_token()
         self._lock = threading.Lock()  # guards the next two, so that ``close`` returns what was not sent
         self._sent = 0
         self._closing = threading.Event()
         self._wanted = threading.Event()
-        self.run = Run(task["job_id"], 0, task["attempt"], lambda run, is_log: self._wanted.set())
-        self.run.limit_backlog(bool(task["url"]))
+        self.limit_backlog(bool(task["url"]))
 
     def work(self) -> None:
         while not self._closing.is_set():
@@ -2884,13 +2884,13 @@ class Reporter:
             self._wanted.clear()
             if not self._closing.is_set():
                 is_answered = self.report() is not None
-                self.run.limit_backlog(is_answered)  # no job waits for a service that cannot be reached
+                self.limit_backlog(is_answered)  # no job waits for a service that cannot be reached
                 self._closing.wait(REPORT_PAUSE_SECONDS if is_answered else REPORT_SECONDS)
 
     def report(self) -> Optional[bool]:
         """Send what is new; return whether the run goes on, None if the service has not answered."""
         with self._lock:
-            output = self.run.peek()
+            output = self.peek()
             body = to_json(self._describe(output)).encode("utf-8")
         goes_on: Optional[bool] = None
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
@@ -2903,11 +2903,11 @@ class Reporter:
                 goes_on = response.status == 200 and not json.loads(response.read())["cancelled"]
         with self._lock:
             if goes_on is False:
-                self.run.tell_to_stop()
+                self.tell_to_stop()
             if goes_on is not None and not self._closing.is_set():
-                self.run.drop(output)
+                self.drop(output)
                 self._sent += len(output.lines)
-            if self.run.has_output:
+            if self.has_output:
                 self._wanted.set()
         return goes_on
 
@@ -2916,25 +2916,23 @@ class Reporter:
         with self._lock:
             self._closing.set()
             self._wanted.set()
-            return self._describe(self.run.peek())
+            return self._describe(self.peek())
 
     def _describe(self, output: Output) -> Dict[str, Any]:
         return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in output.lines],
-                "progress": json.loads(self.run.progress or "null"), "seconds": time.monotonic() - self.run.started_at}
+                "progress": json.loads(self.progress or "null"), "seconds": time.monotonic() - self.started_at}
 
 
 def run_task(text: Union[str, bytes], environment: Mapping[str, Any]) -> str:
     """Run the task's function in this process; return its outcome and the last report as a text. Raises nothing."""
     task = json.loads(text)
-    reporter = Reporter(task)
-    run = reporter.run
+    run = Reporter(task)
 
     def call(task_id: str, input: Dict[str, Any]) -> Any:
         if task["memory_limit"] is not None:
             import resource
-            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            limit = task["memory_limit"] if hard == resource.RLIM_INFINITY else min(task["memory_limit"], hard)
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+            most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (task["memory_limit"], most))
         enter_environment(environment)
         place = task["function"]
         return getattr(import_file(place["file"], place["module"]), place["name"])(task_id, input)
@@ -2943,11 +2941,11 @@ def run_task(text: Union[str, bytes], environment: Mapping[str, Any]) -> str:
     for number in range(FIRST_REPORTS if task["url"] else 0):
         if may_begin is None:
             time.sleep(number * REPORT_SECONDS)
-            may_begin = reporter.report()
+            may_begin = run.report()
     if may_begin:
         _runs.setdefault(run.job_id, run)  # the service's own process has its own run there
         if task["url"]:
-            threading.Thread(target=reporter.work, name="csp-report", daemon=True).start()
+            threading.Thread(target=run.work, name="csp-report", daemon=True).start()
         outcome = run_function(call, run, lambda: task["input"], join_stream if task["streams"] else None)
     else:
         outcome = failure(
@@ -2957,7 +2955,7 @@ def run_task(text: Union[str, bytes], environment: Mapping[str, Any]) -> str:
     run.end()
     binary = base64.b64encode(outcome.data).decode("ascii") if isinstance(outcome.data, bytes) else None
     return to_json({**outcome._asdict(), "data": outcome.data if binary is None else None, "base64": binary,
-                    "report": reporter.close()})
+                    "report": run.close()})
 
 
 # -- a process for each job
@@ -3007,8 +3005,8 @@ class ProcessExecutor(Executor):
         """Run the task of an Engine's call; the server knows the rest of the call."""
         future = ProcessFuture(self._control)
         future.set_running_or_notify_cancel()
-        task = arguments[1]["task"].encode("utf-8") + b"\n"
-        threading.Thread(target=self._run, args=(future, task), name="csp-process", daemon=True).start()
+        call = (future, arguments[1]["task"].encode("utf-8") + b"\n", *socket.socketpair())
+        threading.Thread(target=self._run, args=call, name="csp-process", daemon=True).start()
         return future
 
     def shutdown(self, *_: Any, **__: Any) -> None:
@@ -3019,21 +3017,18 @@ class ProcessExecutor(Executor):
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(2.0)  # it has little to do
 
-    def _run(self, future: ProcessFuture, task: bytes) -> None:
+    def _run(self, future: ProcessFuture, task: bytes, data: socket.socket, childs_data: socket.socket) -> None:
         try:
-            future.set_result(self._get_result(future, task))
+            future.set_result(self._get_result(future, task, data, childs_data))
         except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
             if future.pid:
                 _kill_group(future.pid, SIGKILL)
             future.set_exception(BrokenExecutor(f"The server process has ended ({describe_error(error)})."))
 
-    def _get_result(self, future: ProcessFuture, task: bytes) -> Union[str, Ending]:
+    def _get_result(self, future: ProcessFuture, task: bytes, data: socket.socket, childs_data: socket.socket,
+                    ) -> Union[str, Ending]:
         """Return what comes of the task; raise something if the server process has ended."""
         from multiprocessing.connection import wait
-        try:
-            data, childs_data = socket.socketpair()
-        except OSError as error:
-            return Ending(NOT_STARTED, reason=f"No process can be made: {error.strerror}.")
 
         def receive(size: int) -> bytes:
             if self._control in wait([data, self._control]):
