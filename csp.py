@@ -27,7 +27,7 @@ Read the file from top to bottom. Each part uses only the parts above it:
 from __future__ import annotations
 
 # Modules that few starts need and that load much are imported by the functions that use them: csv, getpass, hashlib,
-# hmac, importlib.util, inspect, logging.handlers, multiprocessing, pickle, shlex, smtplib, ssl, subprocess and
+# hmac, importlib.util, inspect, logging.handlers, multiprocessing, shlex, smtplib, ssl, subprocess and
 # urllib.request.
 import argparse
 import atexit
