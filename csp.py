@@ -63,14 +63,13 @@ import weakref
 from collections import UserDict, deque, namedtuple
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from _operator import _compare_digest as compare_digest  # hmac's, without the 3.6 MB of OpenSSL that hmac loads
 from http.server import ThreadingHTTPServer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing and its NamedTuple would take a twentieth of the start
     import ssl
-    from multiprocessing.connection import Connection
     from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
                         Optional, Sequence, Set, TextIO, Tuple, TypeVar, Union)
 
@@ -2456,32 +2455,30 @@ class CallbackSender:
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_RESULT_BYTES = 2**29  # SQLite stores at most 10^9 bytes in a value (sqlite.org/limits.html)
-REPORT_SECONDS = 1.0  # how often a worker that has nothing to say asks whether its run goes on
-REPORT_PAUSES = (0.1, 30.0)  # seconds between reports; doubled up to the longest while they fail
+REPORT_SECONDS = 1.0  # how often a worker that has nothing to say, or was not answered, asks whether its run goes on
+REPORT_PAUSE_SECONDS = 0.1  # between reports of a worker that has much to say
 REPORT_TIMEOUT_SECONDS = 10.0
-REPORT_LINES, REPORT_CHARACTERS = 1000, 2**20  # in one report
 FIRST_REPORTS = 3  # how often a worker asks whether it may begin a job that may run at most once
-SERVER_END_SECONDS = 2.0  # how long a stop waits for the fork server, which has little to do
-MAX_REFUSALS = 3  # by an executor, one after the other, before it counts as broken
 ADDRESS_SECONDS = 1.0  # how long the first jobs wait for the server to have an address
 KILL_SECONDS = 0.5  # between SIGTERM and SIGKILL: time for a job to clean up
 SIGKILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process either way
 OWN_SECRETS = frozenset(("PASSWORD", "SECRET_KEY", "API_KEYS", "CALLBACK_SECRET"))  # do not go to other machines
 NOT_AGAIN = "It is not of a kind that is run again."
 _PROCESS = make_token()  # with the process id it tells a worker whether it is the service's own process
+_INTEGER = struct.Struct("i")  # the fork server's messages: process ids, exit codes and file descriptors
 
 
 def error_document(error: BaseException) -> str:
-    """Return the JSON text of the error object for what a function raised; never raises.
-
-    ``as_dict`` and ``__str__`` are the job author's code and may do anything.
-    """
+    """Return the JSON text of the error object for what a function raised; never raises."""
     message = type(error).__name__
     try:
         if not isinstance(error, JobError):
-            text = safe_text(error)
-            message += f": {text}" if text else ""
-            _free_memory(error)
+            message = describe_error(error)
+            link: Optional[BaseException] = error
+            for _ in range(10):
+                if isinstance(link, MemoryError):
+                    traceback.clear_frames(link.__traceback__)  # they may hold all the memory that there is
+                link = link and (link.__cause__ or link.__context__)
             lines = traceback.format_exception(type(error), error, error.__traceback__)
             return to_json({"message": message, "traceback": clean("".join(lines))})
         message = safe_text(getattr(error, "message", "")) or message
@@ -2490,27 +2487,9 @@ def error_document(error: BaseException) -> str:
             text = to_json(document)
             _check_depth(text.encode("utf-8"))
             return text
-    except BaseException:  # noqa: BLE001 - part of the job run, which has to end somehow
+    except BaseException:  # noqa: BLE001 - as_dict and __str__ are the job author's code and may do anything
         log.debug("an error of type %s cannot describe itself", type(error).__name__)
     return to_json({"message": message})
-
-
-def _free_memory(error: Optional[BaseException]) -> None:
-    """Clear the frames of each MemoryError in the chain: they may hold all the memory that there is."""
-    seen: Set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, MemoryError):
-            traceback.clear_frames(error.__traceback__)
-        error = error.__context__ if error.__cause__ is None else error.__cause__
-
-
-@functools.lru_cache(maxsize=1)
-def prepare_for_shortage() -> None:
-    """Import what describing a failure needs: a job may leave no memory or file descriptors to import it later."""
-    for name in ("ast", "encodings.unicode_escape", "textwrap", "tokenize"):
-        with suppress(Exception):
-            importlib.import_module(name)
 
 
 def safe_text(value: Any) -> str:
@@ -2521,20 +2500,47 @@ def safe_text(value: Any) -> str:
         return ""
 
 
-def encode_result(result: Any) -> Union[str, bytes, None]:
-    """Return what is stored for a function's result: JSON text, bytes, or None; raise ValueError if it is neither."""
-    if result is None:
-        return None
-    if isinstance(result, (bytes, bytearray, memoryview)):
-        data: Union[str, bytes] = bytes(result)
-    else:
-        try:
-            data = to_json(result)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"The result of the job is not JSON: {error}") from None
-    if len(data) > MAX_RESULT_BYTES:
-        raise ValueError(f"The result of the job is larger than {MAX_RESULT_BYTES:,} bytes.")
-    return data
+def describe_error(error: BaseException) -> str:
+    text = safe_text(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@functools.lru_cache(maxsize=1)
+def prepare_for_shortage() -> None:
+    """Import what describing a failure needs: a job may leave no memory or file descriptors to import it later."""
+    for name in ("ast", "encodings.unicode_escape", "textwrap", "tokenize"):
+        with suppress(Exception):
+            importlib.import_module(name)
+
+
+def run_function(function: Callable[[str, Dict[str, Any]], Any], run: Run, read_input: Callable[[], Dict[str, Any]],
+                 take_stream: Optional[Callable[[Callable[[], Iterable[Any]]], Any]]) -> Outcome:
+    """Run the job's function to its outcome, whatever it does.
+
+    ``take_stream``, of a job that may stream, gets a result that can be called, and what it returns is the result.
+    """
+    token = _current_run.set(run)
+    prepare_for_shortage()
+    try:
+        result = function(run.job_id, read_input())
+        if take_stream is not None and callable(result):
+            result = take_stream(result)
+        if isinstance(result, (bytes, bytearray, memoryview)):
+            data: Union[str, bytes, None] = bytes(result)
+        else:
+            try:
+                data = None if result is None else to_json(result)
+            except (TypeError, ValueError, RecursionError) as error:
+                return failure(f"The result of the job is not JSON: {error}")
+        if data is not None and len(data) > MAX_RESULT_BYTES:
+            return failure(f"The result of the job is larger than {MAX_RESULT_BYTES:,} bytes.")
+        return Outcome(COMPLETE, data=data)
+    except JobCancelled:
+        return failure(CANCELLED)
+    except BaseException as error:  # noqa: BLE001 - the job run: SystemExit and KeyboardInterrupt of a job are its own
+        return Outcome(ERROR, error=error_document(error), may_retry=not isinstance(error, JobError))
+    finally:
+        _current_run.reset(token)
 
 
 def encode_part(part: Any) -> bytes:
@@ -2546,46 +2552,13 @@ def encode_part(part: Any) -> bytes:
     return part.encode("utf-8")
 
 
-def call_function(function: Callable[[str, Dict[str, Any]], Any], run: Run, read_input: Callable[[], Dict[str, Any]],
-                  streams: bool) -> Union[Outcome, Callable[[], Iterable[Any]]]:
-    """Run the job's function to its outcome, whatever it does; if it ``streams``, return a callable result as it is."""
-    token = _current_run.set(run)
-    prepare_for_shortage()
+def join_stream(stream: Callable[[], Iterable[Any]]) -> Union[str, bytes]:
+    """Return a streamed result in one piece, as text if it is UTF-8."""
+    data = b"".join(map(encode_part, stream()))
     try:
-        result = function(run.job_id, read_input())
-        if streams and callable(result):
-            stream: Callable[[], Iterable[Any]] = result
-            return stream
-        try:
-            return Outcome(COMPLETE, data=encode_result(result))
-        except ValueError as error:
-            return failure(str(error))
-    except JobCancelled:
-        return failure(CANCELLED)
-    except BaseException as error:  # noqa: BLE001 - the job run: SystemExit and KeyboardInterrupt of a job are its own
-        return Outcome(ERROR, error=error_document(error), may_retry=not isinstance(error, JobError))
-    finally:
-        _current_run.reset(token)
-
-
-def run_function(function: Callable[[str, Dict[str, Any]], Any], run: Run, read_input: Callable[[], Dict[str, Any]],
-                 streams: bool) -> Outcome:
-    """Run the job's function to its outcome; join a streamed result, as text if it is UTF-8."""
-    outcome = call_function(function, run, read_input, streams)
-    if isinstance(outcome, Outcome):
-        return outcome
-    stream = outcome
-
-    def join(task_id: str, input: Any) -> Union[str, bytes]:
-        data = b"".join(map(encode_part, stream()))
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            return data
-
-    joined = call_function(join, run, dict, streams=False)
-    assert isinstance(joined, Outcome)
-    return joined
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
 
 
 # -- what a worker gets
@@ -2594,48 +2567,37 @@ class RemoteRun(Run):
     """A run whose function runs in a worker; ``token`` lets it report, ``executor`` and ``future`` are where it is.
 
     An executor may begin a task again when its worker has died: only the latest execution counts then, and of a job
-    that may run at most once only the first. Any thread may call the methods.
+    that ``asks_first``, because it may run at most once, only the first. Any thread may call the methods.
     """
 
-    def __init__(self, job_id: str, seq: int, attempt: int, announce: Callable[[Run, bool], None],
-                 timeout_seconds: Optional[float] = None) -> None:
-        super().__init__(job_id, seq, attempt, announce, timeout_seconds)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.token = make_token()
         self.executor: Optional[Executor] = None
-        self.future: Optional[Future[str]] = None
-        self.at_most_once = False
+        self.future: Optional[Future[Any]] = None
         self.asks_first = False  # whether the worker asks before it begins
         self._intake = threading.Lock()  # one report at a time; guards what follows
-        self._executions: List[str] = []
+        self.executions: List[str] = []
         self._received = 0
-
-    @property
-    def may_have_begun(self) -> bool:
-        """Whether the function may have been called: a worker that asks first has not begun before its first report."""
-        return bool(self._executions) or not self.asks_first
 
     def tell_to_stop(self) -> None:
         """Set the flag that the next report brings back, and cancel the future if the executor can."""
         super().tell_to_stop()
         if self.future is not None:
-            try:
+            with suppress(Exception):  # foreign code, and the runner's loop is what calls it
                 self.future.cancel()
-            except Exception as error:  # noqa: BLE001 - foreign code, and the runner's loop is what calls it
-                log.debug("a future cannot be cancelled: %s", safe_text(error))
 
     def take_report(self, report: Mapping[str, Any]) -> bool:
         """Add the report's new lines and its progress; return whether that execution goes on."""
         execution, first = report["execution"], report["first"]
         with self._intake:
-            if execution not in self._executions:
-                if self._executions and self.at_most_once:
-                    return False
-                if self._executions:
+            if execution not in self.executions and not (self.executions and self.asks_first):
+                if self.executions:
                     self.add_line(service_line("WARNING", "The executor has begun the job again."))
-                self._executions.append(execution)
+                self.executions.append(execution)
                 self._received = 0
                 self.begun_at = max(self.started_at, time.monotonic() - report["seconds"])
-            if execution != self._executions[-1]:
+            if execution != self.executions[-1]:
                 return False
             lines = [LogLine(**line) for line in report["lines"]]
             for line in lines[max(0, self._received - first):]:
@@ -2646,27 +2608,16 @@ class RemoteRun(Run):
         return not self.is_cancelled and not self.is_ended
 
 
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-def _get_attribute(module: types.ModuleType, name: str) -> Any:
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
-
-
 def locate(function: Callable[..., Any]) -> Location:
     """Return module, file and name of the function; raise ValueError if another process cannot find it by them."""
     module = sys.modules.get(function.__module__)
-    if module is None or _get_attribute(module, function.__qualname__) is not function:
+    if module is None or getattr(module, function.__qualname__, None) is not function:
         raise ValueError(f"{_place(function)} cannot be found by another process: the function of a job has to stand "
                          "at the top level of a module, under its name, unless EXECUTOR is thread.")
     path, name = getattr(module, "__file__", None), module.__name__
     if name == "__main__":
         spec = getattr(module, "__spec__", None)
-        name = spec.name if spec is not None else _stem(path or "csp.py")
+        name = spec.name if spec is not None else os.path.splitext(os.path.basename(path or "csp.py"))[0]
     return {"module": name, "file": path and os.path.abspath(path), "name": function.__qualname__}
 
 
@@ -2692,26 +2643,20 @@ def import_file(path, name):
     if path is None or not os.path.isfile(path):
         return importlib.import_module(name)
     path = os.path.realpath(path)
-    def is_that(file):
-        return bool(file) and os.path.realpath(file) == path
     with vars(sys).setdefault("_csp_importing", threading.RLock()):  # several threads may want the same file
         for wanted in itertools.chain(("__main__", name), (f"{name}_{number}" for number in itertools.count(2))):
-            if is_that(getattr(sys.modules.get(wanted), "__file__", None)):
-                return sys.modules[wanted]
             if wanted in sys.modules:
-                continue
-            try:
-                spec = importlib.util.find_spec(wanted)
-            except ImportError:
-                spec = None
-            if spec is None:
-                break
-            if is_that(spec.origin):
+                file = getattr(sys.modules[wanted], "__file__", None)
+            else:
+                try:
+                    file = importlib.util.find_spec(wanted).origin
+                except (ImportError, AttributeError):
+                    break  # nothing has that name
+            if file and os.path.realpath(file) == path:
                 return importlib.import_module(wanted)
-        spec = (importlib.util.spec_from_file_location(wanted, path) or
-                importlib.util.spec_from_file_location(wanted, path, loader=SourceFileLoader(wanted, path)))
         if os.path.dirname(path) not in sys.path:
             sys.path.append(os.path.dirname(path))
+        spec = importlib.util.spec_from_file_location(wanted, path, loader=SourceFileLoader(wanted, path))
         module = sys.modules[wanted] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -2733,6 +2678,14 @@ csp = import_file(environment["file"], environment["module"])
 '''
 _CALL = "exec(prepare) or csp.run_task(task, environment)"
 
+# The fork server reads the same from standard input, because everybody sees a process's arguments. It sets sys.path
+# first: a file beside csp.py may have the name of a module that the others import.
+_SERVE = """import sys
+names = eval(sys.stdin.read())
+sys.path[:] = names["environment"]["path"]
+exec(names["prepare"], names)
+names["csp"].serve_forks(names["control"], names["environment"], names["functions"])"""
+
 
 def load_module(name: str) -> types.ModuleType:
     try:
@@ -2740,17 +2693,16 @@ def load_module(name: str) -> types.ModuleType:
             return importlib.import_module(name)
         if not os.path.isfile(name):
             raise ImportError("there is no such file")
-        return import_file(os.path.realpath(name), re.sub(r"\W", "_", _stem(os.path.realpath(name))))
+        path = os.path.realpath(name)
+        return import_file(path, re.sub(r"\W", "_", os.path.splitext(os.path.basename(path))[0]))
     except StartError:
         raise
-    except ImportError as error:
-        raise StartError(f"The module {name} cannot be imported: {error}.") from None
-    except SyntaxError as error:
-        raise StartError(f"The module {name} has a syntax error: {error}.") from None
+    except (ImportError, SyntaxError) as error:
+        raise StartError(f"The module {name} cannot be imported: {describe_error(error)}.") from None
     except Exception as error:
         lines = traceback.extract_tb(error.__traceback__)
         line = next((line for line in reversed(lines) if line.filename not in (__file__, "<string>")), lines[-1])
-        raise StartError(f"The module {name} fails: {type(error).__name__}: {safe_text(error)} "
+        raise StartError(f"The module {name} fails: {describe_error(error)} "
                          f"({line.filename}, line {line.lineno}).") from error
 
 
@@ -2762,7 +2714,7 @@ def become(name: str) -> None:
 
 
 def enter_environment(environment: Mapping[str, Any]) -> None:
-    """Give this worker the service's names for this module and its settings; do nothing in the service's process."""
+    """Give this worker the service's names for this module and its settings."""
     if environment["process"] != [_PROCESS, os.getpid()]:
         for alias in environment["aliases"]:
             become(alias)
@@ -2774,371 +2726,263 @@ def enter_environment(environment: Mapping[str, Any]) -> None:
 @functools.lru_cache(maxsize=None)  # once in a process
 def _end_with_parent() -> None:
     """End this process, if it belongs to a pool, when the pool's owner has been killed: it would wait forever."""
-    if "multiprocessing" in sys.modules:
-        import multiprocessing
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            def end() -> None:
-                parent.join()
-                os._exit(1)
-            threading.Thread(target=end, name="csp-parent", daemon=True).start()
+    import multiprocessing
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        def end() -> None:
+            parent.join()
+            os._exit(1)
+        threading.Thread(target=end, name="csp-parent", daemon=True).start()
 
 
-def find_function(module: str, file: Optional[str], name: str) -> Callable[..., Any]:
-    found = import_file(file, module)
-    function: Optional[Callable[..., Any]] = _get_attribute(found, name)
-    if function is None:
-        raise ImportError(f"The module {module} of {getattr(found, '__file__', 'unknown origin')} has no {name}.")
-    return function
+class Reporter(Run):
+    """A task's run in a worker: brings its log and progress to the service, which says when it is to stop.
 
-
-class Reporter:
-    """Brings a run's log and progress to the service; tells the run when it is to stop.
-
-    A thread sends in batches, and again what did not arrive; ``close`` returns the rest. Any thread may call
-    ``announce``.
+    ``work``, in a thread of its own, sends in batches, and again what did not arrive; ``close`` returns the rest.
     """
 
-    def __init__(self, url: Optional[str], token: str) -> None:
-        self._url = urllib.parse.urlsplit(url) if url else None
-        self._token, self._execution = token, make_token()
-        self._connection: Optional[http.client.HTTPConnection] = None
+    def __init__(self, task: Mapping[str, Any]) -> None:
+        super().__init__(task["job_id"], 0, task["attempt"], lambda run, is_log: self._wanted.set())
+        self._url, self._token, self._execution = urllib.parse.urlsplit(task["url"] or ""), task["token"], make_token()
         self._lock = threading.Lock()  # guards the next two, so that ``close`` returns what was not sent
         self._sent = 0
-        self._is_closed = False
-        self._failures = 0
-        self._wanted, self._closing = threading.Event(), threading.Event()
+        self._closing = threading.Event()
+        self._wanted = threading.Event()
+        self.limit_backlog(bool(task["url"]))
 
-    def announce(self, run: Run, is_log: bool) -> None:
-        self._wanted.set()
+    def work(self) -> None:
+        while not self._closing.is_set():
+            self._wanted.wait(REPORT_SECONDS)
+            self._wanted.clear()
+            if not self._closing.is_set():
+                is_answered = self.report() is not None
+                self.limit_backlog(is_answered)  # no job waits for a service that cannot be reached
+                self._closing.wait(REPORT_PAUSE_SECONDS if is_answered else REPORT_SECONDS)
 
-    def begin(self, run: Run, must_ask: bool, reports_first: bool) -> Optional[Outcome]:
-        """Report for ``run`` from now on. With ``must_ask`` the service has to agree first; return why it has not."""
-        self._run = run
-        run.limit_backlog(self._url is not None)
-        is_answered = not must_ask
-        for _ in range(FIRST_REPORTS):
-            if is_answered or self._url is None:
-                break
-            is_answered = self._report()
-            if not is_answered:
-                self._closing.wait(REPORT_SECONDS)
-        if not is_answered:
-            return failure("The worker cannot reach the service (setting URL), and a job that may run at most once "
-                           "is not begun without it.")
-        if run.is_cancelled:
-            return failure(f"A worker has died while it ran the job. {NOT_AGAIN}" if must_ask else CANCELLED)
-        if self._url is not None:
-            if reports_first:
+    def report(self) -> Optional[bool]:
+        """Send what is new; return whether the run goes on, None if the service has not answered."""
+        with self._lock:
+            output = self.peek()
+            body = to_json(self._describe(output)).encode("utf-8")
+        goes_on: Optional[bool] = None
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        with closing(kind(self._url.netloc, timeout=REPORT_TIMEOUT_SECONDS)) as connection, suppress(
+                OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+            headers = {"Authorization": self._token, "Content-Type": "application/json"}
+            connection.request("POST", self._url.path, body, headers)
+            response = connection.getresponse()
+            if response.status in (200, 403, 404):  # the last two: the run is over for the service
+                goes_on = response.status == 200 and not json.loads(response.read())["cancelled"]
+        with self._lock:
+            if goes_on is False:
+                self.tell_to_stop()
+            if goes_on is not None and not self._closing.is_set():
+                self.drop(output)
+                self._sent += len(output.lines)
+            if self.has_output:
                 self._wanted.set()
-            threading.Thread(target=self._work, name="csp-report", daemon=True).start()
-        return None
+        return goes_on
 
     def close(self) -> Dict[str, Any]:
         """Send no more; return a report of what may not have arrived."""
         with self._lock:
-            self._is_closed = True
-            report = self._describe(self._run.peek().lines)
-        self._closing.set()
-        self._wanted.set()
-        return report
+            self._closing.set()
+            self._wanted.set()
+            return self._describe(self.peek())
 
-    def _describe(self, lines: List[LogLine]) -> Dict[str, Any]:
-        progress = self._run.progress
-        return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in lines],
-                "progress": json.loads(progress) if progress is not None else None,
-                "seconds": time.monotonic() - self._run.started_at}
-
-    def _work(self) -> None:
-        while not self._is_closed:
-            pause = min(REPORT_PAUSES[0] * 2.0 ** min(self._failures, 20), REPORT_PAUSES[1])
-            self._wanted.wait(max(REPORT_SECONDS, pause))
-            if not self._is_closed:
-                self._wanted.clear()
-                self._report()
-                self._closing.wait(pause)
-        if self._connection is not None:
-            self._connection.close()
-
-    def _report(self) -> bool:
-        with self._lock:
-            output = self._run.peek()
-            sizes = itertools.accumulate(len(line.message) for line in output.lines[:REPORT_LINES])
-            lines = output.lines[:max(1, sum(size <= REPORT_CHARACTERS for size in sizes))]
-            body = to_json(self._describe(lines)).encode("utf-8")
-        goes_on = self._post(body)
-        with self._lock:
-            self._failures = self._failures + 1 if goes_on is None else 0
-            self._run.limit_backlog(not self._failures)  # no job waits for a service that cannot be reached
-            if goes_on is False:
-                self._run.tell_to_stop()
-            if goes_on is not None and not self._is_closed:
-                self._run.drop(output._replace(lines=lines))
-                self._sent += len(lines)
-            if self._run.has_output:
-                self._wanted.set()
-        return goes_on is not None
-
-    def _post(self, body: bytes) -> Optional[bool]:
-        """Send a report; return whether the run goes on, None if the service has not answered."""
-        assert self._url is not None
-        try:
-            if self._connection is None:
-                kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
-                self._connection = kind(self._url.netloc, timeout=REPORT_TIMEOUT_SECONDS)
-            headers = {"Authorization": self._token, "Content-Type": "application/json"}
-            self._connection.request("POST", self._url.path, body, headers)
-            with self._connection.getresponse() as response:
-                answer = response.read()
-            if response.status in (403, 404):
-                return False  # the run is over for the service
-            return not json.loads(answer)["cancelled"] if response.status == 200 else None
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-            return None
+    def _describe(self, output: Output) -> Dict[str, Any]:
+        return {"execution": self._execution, "first": self._sent, "lines": [line._asdict() for line in output.lines],
+                "progress": json.loads(self.progress or "null"), "seconds": time.monotonic() - self.started_at}
 
 
-def run_task(text: str, environment: Mapping[str, Any]) -> str:
+def run_task(text: Union[str, bytes], environment: Mapping[str, Any]) -> str:
     """Run the task's function in this process; return its outcome and the last report as a text. Raises nothing."""
     task = json.loads(text)
-    reporter = Reporter(task["url"], task["token"])
-    run = Run(task["job_id"], 0, task["attempt"], reporter.announce)
+    run = Reporter(task)
 
     def call(task_id: str, input: Dict[str, Any]) -> Any:
         if task["memory_limit"] is not None:
             import resource
-            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            wanted = task["memory_limit"]
-            resource.setrlimit(resource.RLIMIT_DATA, (
-                wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+            most = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (task["memory_limit"], most))
         enter_environment(environment)
-        return find_function(**task["function"])(task_id, input)
+        place = task["function"]
+        return getattr(import_file(place["file"], place["module"]), place["name"])(task_id, input)
 
-    outcome = reporter.begin(run, task["asks_first"], task["reports_first"])
-    if outcome is None:
-        if not isinstance(_runs.get(run.job_id), RemoteRun):  # else this is the service's own process, which has it
-            _runs[run.job_id] = run
-        outcome = run_function(call, run, lambda: task["input"], task["streams"])
+    may_begin: Optional[bool] = None if task["asks_first"] else True
+    for number in range(FIRST_REPORTS if task["url"] else 0):
+        if may_begin is None:
+            time.sleep(number * REPORT_SECONDS)
+            may_begin = run.report()
+    if may_begin:
+        _runs.setdefault(run.job_id, run)  # the service's own process has its own run there
+        if task["url"]:
+            threading.Thread(target=run.work, name="csp-report", daemon=True).start()
+        outcome = run_function(call, run, lambda: task["input"], join_stream if task["streams"] else None)
+    else:
+        outcome = failure(
+            f"A worker has died while it ran the job. {NOT_AGAIN}" if may_begin is False else
+            "The worker cannot reach the service (setting URL), and a job that may run at most once is not begun "
+            "without it.")
     run.end()
     binary = base64.b64encode(outcome.data).decode("ascii") if isinstance(outcome.data, bytes) else None
-    return to_json({
-        "status": outcome.status, "data": None if binary is not None else outcome.data, "base64": binary,
-        "error": outcome.error, "may_retry": outcome.may_retry, "report": reporter.close()})
+    return to_json({**outcome._asdict(), "data": outcome.data if binary is None else None, "base64": binary,
+                    "report": run.close()})
 
 
 # -- a process for each job
 
-class NotStarted(Exception):
-    """A job has not been begun, and may be given to the executor again; the message is a sentence."""
-
-
-class WorkerDied(Exception):
-    """The process of one task has ended without a result; the message says how. No other task is concerned."""
-
-
 class ProcessFuture(Future):  # type: ignore[type-arg]  # it is no generic class before Python 3.9
-    """The future of a call in a process of its own; ``cancel`` also ends a process that is running."""
+    """The future of a task in a process of its own; ``cancel`` has that process ended."""
 
-    def __init__(self, server: ForkServer, call: bytes) -> None:
+    def __init__(self, control: socket.socket) -> None:
         super().__init__()
-        self._server, self._call = server, call
-        self._pid = 0
-        self._is_unwanted = False
+        self._control, self.pid, self.is_unwanted = control, 0, False
 
     def cancel(self) -> bool:
-        """Cancel the call, or send SIGTERM to its process and SIGKILL after KILL_SECONDS."""
-        if super().cancel():
-            return True
-        self._is_unwanted = True
-        if self._pid and not self.done():
-            self._server.kill(self._pid, signal.SIGTERM)
-            timer = threading.Timer(KILL_SECONDS, self._server.kill, (self._pid, SIGKILL))
-            timer.daemon = True
-            timer.start()
+        """Have the process sent SIGTERM, and SIGKILL after KILL_SECONDS; its end is the task's."""
+        self.is_unwanted = True
+        if self.pid and not self.done():
+            with suppress(OSError):  # the server process has ended
+                self._control.send(_INTEGER.pack(self.pid))
         return False
-
-    def run(self) -> None:
-        if self.set_running_or_notify_cancel():
-            try:
-                self.set_result(self._get_result())
-            except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
-                self.set_exception(error)
-
-    def _get_result(self) -> str:
-        """Return the call's result; raise NotStarted, WorkerDied, or BrokenExecutor if the fork server has died."""
-        from multiprocessing.connection import Pipe, wait
-        with ExitStack() as opened:
-            try:
-                data, childs_data = map(opened.enter_context, Pipe())
-                ended, childs_ended = map(opened.enter_context, Pipe(duplex=False))
-            except OSError as error:
-                raise NotStarted(f"No process can be made: {error.strerror}.") from None
-            try:
-                with childs_data, childs_ended:
-                    self._server.fork(childs_data, childs_ended)
-                pid: int = ended.recv()
-                if pid < 0:
-                    raise NotStarted(f"No process can be made: {os.strerror(-pid)}.")
-                self._pid = pid
-                if self._is_unwanted:
-                    self.cancel()
-                with suppress(OSError):  # then its exit code says why
-                    data.send_bytes(self._call)
-                wait([data, ended])
-                result: Optional[bytes] = None
-                with suppress(OSError, EOFError):
-                    if data.poll(0):  # also what it has sent just before its end
-                        result = data.recv_bytes()
-                code: int = ended.recv()
-            except (OSError, EOFError) as error:
-                if self._pid:
-                    with suppress(OSError):
-                        os.killpg(self._pid, SIGKILL)
-                raise BrokenExecutor("The server process has ended.") from error
-        if result is not None:
-            return result.decode("utf-8")
-        if code >= 0:
-            raise WorkerDied(f"The process of the job ended with exit code {code} before the job had returned.")
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-        raise WorkerDied(f"The process of the job was killed by signal {-code} ({name}).")
 
 
 class ProcessExecutor(Executor):
-    """Runs each call in a process of its own, forked from a server process that has imported the job modules already.
+    """Runs each task in a process of its own, forked from a server process that has imported the job modules already.
 
-    A process that ends without a result is a WorkerDied. ``functions``, from ``locate``, are imported beforehand.
-    (multiprocessing's own fork server would run the service's main module again in each process, and cannot preload a
-    module that was loaded from a file.)
+    (multiprocessing's own would run the main module again in each process, and preloads no module from a file.)
+
+    The server gets the id of a process to stop, or 0 and a connection. There it answers with the id of a new process,
+    which takes the task and sends its result; then the server adds the exit code and shuts the connection down,
+    whoever else has inherited it. A future's result is a text, or an Ending if there is none.
     """
-
-    def __init__(self, workers: int, environment: Mapping[str, Any], functions: Sequence[Location]) -> None:
-        self._threads = ThreadPoolExecutor(2 * workers + 8, "csp-process")  # late ones are still being killed
-        self._server = ForkServer(environment, functions)
-
-    def submit(self, function: Callable[..., str],  # type: ignore[override]  # the class is generic in nothing
-               *arguments: Any, **named: Any) -> ProcessFuture:
-        import pickle
-        future = ProcessFuture(self._server, pickle.dumps((function, arguments, named)))
-        self._threads.submit(future.run)
-        return future
-
-    def shutdown(self, wait: bool = True, **options: Any) -> None:
-        self._server.close()
-        self._threads.shutdown(wait=wait)
-
-
-# sys.path first: a file beside csp.py may have the name of a module that the others import.
-_SERVE = """import sys
-sys.path[:] = eval(sys.argv[1])["path"]
-names = {"environment": eval(sys.argv[1])}
-exec(sys.argv[2], names)
-names["csp"].serve_forks(int(sys.argv[3]))"""
-
-
-class ForkServer:
-    """The service's end of the server process: asks for forks and signals. Any thread may call the methods."""
 
     def __init__(self, environment: Mapping[str, Any], functions: Sequence[Location]) -> None:
         import subprocess
-        from multiprocessing.connection import Pipe
-        self._lock = threading.Lock()  # one message at a time
-        self._control, control = Pipe()
-        place = {name: environment[name] for name in ("path", "file", "module")}  # no secrets: arguments are public
-        with control:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, repr(place), _PREPARE, str(control.fileno())],
-                stdin=subprocess.DEVNULL, pass_fds=[control.fileno()], start_new_session=True)
-        self._control.send_bytes(to_json({"environment": environment, "functions": functions}).encode("utf-8"))
-        self._channel = socket.socket(fileno=os.dup(self._control.fileno()))
+        self._control, control = socket.socketpair()
+        self.close_in_child = self._control.close
         _closed_in_children.add(self)
+        with control:
+            values = {"prepare": _PREPARE, "environment": environment, "functions": functions,
+                      "control": control.fileno()}
+            self._process = subprocess.Popen([sys.executable, "-c", _SERVE], stdin=subprocess.PIPE,
+                                             pass_fds=[control.fileno()], start_new_session=True)
+        assert self._process.stdin is not None
+        with suppress(OSError), self._process.stdin as stream:  # if it has ended, the first task is told so
+            stream.write(ascii(values).encode("ascii"))
 
-    def fork(self, *connections: Connection) -> None:
-        """Have a child made that takes its call from the first connection; its end is written to the second."""
-        from multiprocessing.reduction import sendfds
-        with self._lock:
-            self._control.send_bytes(b"")
-            sendfds(self._channel, [connection.fileno() for connection in connections])  # needs no descriptor
+    def submit(self, function: Callable[..., str],  # type: ignore[override]  # the class is generic in nothing
+               *arguments: Any, **_: Any) -> ProcessFuture:
+        """Run the task of an Engine's call; the server knows the rest of the call."""
+        future = ProcessFuture(self._control)
+        future.set_running_or_notify_cancel()
+        call = (future, arguments[1]["task"].encode("utf-8") + b"\n", *socket.socketpair())
+        threading.Thread(target=self._run, args=call, name="csp-process", daemon=True).start()
+        return future
 
-    def kill(self, pid: int, number: int) -> None:
-        """Send a signal to the child's process group, if there still is that child."""
-        with self._lock, suppress(OSError):
-            self._control.send_bytes(f"{number:d} {pid:d}".encode("ascii"))
-
-    def close(self) -> None:
+    def shutdown(self, *_: Any, **__: Any) -> None:
         import subprocess
-        with self._lock:
-            self.close_in_child()
-        try:
-            self._process.wait(SERVER_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def close_in_child(self) -> None:
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)  # the server ends, and with it all its processes
         self._control.close()
-        self._channel.close()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(2.0)  # it has little to do
+
+    def _run(self, future: ProcessFuture, task: bytes, data: socket.socket, childs_data: socket.socket) -> None:
+        try:
+            future.set_result(self._get_result(future, task, data, childs_data))
+        except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits for the future
+            if future.pid:
+                _kill_group(future.pid, SIGKILL)
+            future.set_exception(BrokenExecutor(f"The server process has ended ({describe_error(error)})."))
+
+    def _get_result(self, future: ProcessFuture, task: bytes, data: socket.socket, childs_data: socket.socket,
+                    ) -> Union[str, Ending]:
+        """Return what comes of the task; raise something if the server process has ended."""
+        from multiprocessing.connection import wait
+
+        def receive(size: int) -> bytes:
+            if self._control in wait([data, self._control]):
+                raise EOFError
+            return data.recv(size)
+
+        with data:
+            with childs_data:
+                descriptor = _INTEGER.pack(childs_data.fileno())
+                self._control.sendmsg([_INTEGER.pack(0)], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
+            pid: int = _INTEGER.unpack(receive(_INTEGER.size))[0]
+            if pid < 0:
+                return Ending(NOT_STARTED, reason=f"No process can be made: {os.strerror(-pid)}.")
+            future.pid = pid
+            if future.is_unwanted:
+                future.cancel()
+            with suppress(OSError):  # then its exit code says why
+                data.sendall(task)
+            received = b"".join(iter(lambda: receive(2**20), b""))
+        result, code = received[:-_INTEGER.size], _INTEGER.unpack(received[-_INTEGER.size:])[0]
+        if result and code == 0:
+            return result.decode("utf-8")
+        name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+        return Ending(DIED, reason=f"The process of the job was killed by signal {-code} ({name})." if code < 0 else
+                      f"The process of the job ended with exit code {code} before the job had returned.")
 
 
-def serve_forks(descriptor: int) -> None:
-    """Be the server process: import the job modules, then fork for each request, until the service's end closes."""
-    from multiprocessing.connection import Connection, wait
-    control = Connection(descriptor)
-    children: Dict[int, Connection] = {}  # by pid: where its end is written
-    told: Set[int] = set()  # pids that were sent a signal
-    _ignore_signals()
+def serve_forks(descriptor: int, environment: Mapping[str, Any], functions: Sequence[Location]) -> None:
+    """Be the server process: import the job modules, then fork for each task, until the service's end closes."""
+    from multiprocessing.connection import wait
+    control = socket.socket(fileno=descriptor)
+    children: Dict[int, socket.socket] = {}  # by pid
+    told: Dict[int, float] = {}  # by pid: when it was told to stop (monotonic)
+    prepare_for_shortage()
+    enter_environment(environment)
+    for place in functions:
+        with suppress(BaseException):  # the job's own process will say it, where somebody sees it
+            import_file(place["file"], str(place["module"]))
+    for number in (signal.SIGTERM, signal.SIGINT):  # whoever sends one to all processes means the service
+        signal.signal(number, signal.SIG_IGN)
+    _flush_streams()  # or each child would write what the modules have printed
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
-        _preload(json.loads(control.recv_bytes()))
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         while True:
-            ready = wait([control, reader])
+            ready = wait([control, reader], 0.1 if told else None)
+            for pid, told_at in told.items():
+                if time.monotonic() - told_at > KILL_SECONDS:
+                    _kill_group(pid, SIGKILL)
             if reader in ready:
                 os.read(reader, 4096)
                 for pid in list(children):
                     found, status = os.waitpid(pid, os.WNOHANG)
                     if found:
-                        if os.WIFSIGNALED(status) or pid in told:
-                            told.discard(pid)
-                            with suppress(OSError):
-                                os.killpg(pid, SIGKILL)  # what it had started
-                        with children.pop(pid) as ended, suppress(OSError):
-                            ended.send(-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
+                        code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+                        if told.pop(pid, 0.0) or code < 0:
+                            _kill_group(pid, SIGKILL)  # what it had started
+                        with children.pop(pid) as connection, suppress(OSError):
+                            connection.sendall(_INTEGER.pack(code))
+                            connection.shutdown(socket.SHUT_RDWR)
             if control in ready:
-                words = control.recv_bytes().split()
-                if not words:
-                    _fork_child(control, children)
-                elif int(words[1]) in children:
-                    told.add(int(words[1]))
-                    with suppress(OSError):
-                        os.killpg(int(words[1]), int(words[0]))
-    except (EOFError, OSError, RuntimeError):  # the last: there are no more descriptors here
+                message, ancillary, _, _ = control.recvmsg(_INTEGER.size, socket.CMSG_SPACE(_INTEGER.size))
+                if not message:
+                    break
+                pid = _INTEGER.unpack(message)[0]
+                if ancillary:
+                    connection = socket.socket(fileno=_INTEGER.unpack(ancillary[0][2])[0])
+                    _fork(connection, environment, control, children)
+                elif pid in children:
+                    told.setdefault(pid, time.monotonic())
+                    _kill_group(pid, signal.SIGTERM)
+    finally:
         for pid in children:
-            with suppress(OSError):
-                os.killpg(pid, SIGKILL)
+            _kill_group(pid, SIGKILL)
         os._exit(0)
 
 
-def _ignore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):  # whoever sends one to all processes means the service
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _preload(wanted: Mapping[str, Any]) -> None:
-    import gc
-    prepare_for_shortage()
-    enter_environment(wanted["environment"])
-    for function in wanted["functions"]:
-        try:
-            find_function(**function)
-        except BaseException as error:  # noqa: BLE001 - the job's own process will say it, where somebody sees it
-            log.debug("%s cannot be loaded beforehand: %s", function["module"], safe_text(error))
-    _ignore_signals()  # again: a module may have set its own handlers
-    _flush_streams()  # or each child would write what the modules have printed
-    gc.collect()
-    gc.freeze()  # so that children share the memory with this process
+def _kill_group(pid: int, number: int) -> None:
+    with suppress(OSError):
+        os.killpg(pid, number)
 
 
 def _flush_streams() -> None:
@@ -3147,25 +2991,20 @@ def _flush_streams() -> None:
             stream.flush()
 
 
-def _fork_child(control: Connection, children: Dict[int, Connection]) -> None:
-    """Fork a child, in a session of its own, so that a signal also reaches what it starts."""
-    import pickle
-    from multiprocessing.connection import Connection
-    from multiprocessing.reduction import recvfds
-    with socket.socket(fileno=os.dup(control.fileno())) as channel:
-        data, ended = [Connection(descriptor) for descriptor in recvfds(channel, 2)]
+def _fork(connection: socket.socket, environment: Mapping[str, Any], control: socket.socket,
+          children: Dict[int, socket.socket]) -> None:
+    """Fork a process for the connection's task, in a session of its own: a signal reaches also what it starts."""
     try:
         pid = os.fork()
     except OSError as error:
         pid = -(error.errno or 1)
     if pid != 0:
-        data.close()
         with suppress(OSError):
-            ended.send(pid)
+            connection.sendall(_INTEGER.pack(pid))
         if pid > 0:
-            children[pid] = ended
+            children[pid] = connection
         else:
-            ended.close()
+            connection.close()
         return
     code = 1
     try:
@@ -3173,10 +3012,11 @@ def _fork_child(control: Connection, children: Dict[int, Connection]) -> None:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        for connection in (control, ended, *children.values()):
-            connection.close()
-        function, arguments, named = pickle.loads(data.recv_bytes())
-        data.send_bytes(function(*arguments, **named).encode("utf-8"))
+        for other in (control, *children.values()):
+            other.close()
+        with connection.makefile("rb") as stream:
+            task = stream.readline()  # JSON has no line breaks
+        connection.sendall(run_task(task, environment).encode("utf-8"))
         code = 0
     except BaseException:  # noqa: BLE001 - whatever it is, this process has to end here
         traceback.print_exc()
@@ -3195,100 +3035,79 @@ class Engine:
 
     def __init__(self, make: Callable[[], Executor], settings: Mapping[str, Any], is_here: bool) -> None:
         self._make, self._is_here = make, is_here
-        self._lock = threading.Lock()  # guards the executor, also while it is made, which may take forever
-        self._executor: Optional[Executor] = make()
+        self._lock = threading.Lock()  # while an executor is made, which may take forever
+        self._executors = [make()]  # none if it has broken
         self._is_closed = False
-        self._refusals = 0
-        self._own_url: Optional[str] = settings["URL"]
-        self._url: Optional[str] = None
+        self._url: Optional[str] = settings["URL"]
         self._is_url_known = threading.Event()
         self._environment = describe_environment(settings, is_here)
 
     def reachable_at(self, url: Optional[str]) -> None:
         """Say at which address workers reach the service, unless the setting URL does; None: at none."""
-        self._url = self._own_url or url
+        self._url = self._url or url
         self._is_url_known.set()
 
-    def start(self, job: Job, job_type: JobType, run: RemoteRun, then: Callable[[Future[str]], Any]) -> None:
-        """Give a job to the executor, which calls ``then`` when it is done.
-
-        Raises NotStarted if the executor did not take it, ValueError if another process cannot find the function.
-        """
+    def start(self, job: Job, job_type: JobType, run: RemoteRun, then: Callable[[Future[Any]], Any],
+              ) -> Optional[Ending]:
+        """Give a job to the executor, which calls ``then`` when it is done; return how it ended if it is not taken."""
         if not self._is_url_known.wait(ADDRESS_SECONDS):
             self.reachable_at(None)
-        run.at_most_once, run.asks_first = job_type.at_most_once, job_type.at_most_once and not self._is_here
+        run.asks_first = job_type.at_most_once and not self._is_here
         url = f"{self._url}job/{urllib.parse.quote(job.job_id, safe='')}/report" if self._url else None
-        task = to_json({
-            "job_id": job.job_id, "attempt": job.attempts, "function": locate(job_type.function),
-            "input": job.read_input(), "streams": job_type.synchronous, "url": url, "token": run.token,
-            "asks_first": run.asks_first, "reports_first": job_type.timeout is not None,
-            "memory_limit": job_type.memory_limit if self._is_here else None})
         try:
-            run.executor = self._get_executor()
+            task = to_json({
+                "job_id": job.job_id, "attempt": job.attempts, "function": locate(job_type.function),
+                "input": job.read_input(), "streams": job_type.synchronous, "url": url, "token": run.token,
+                "asks_first": run.asks_first, "memory_limit": job_type.memory_limit if self._is_here else None})
+        except ValueError as error:
+            return Ending(ENDED, failure(safe_text(error)))
+        try:
+            with self._lock:
+                if not self._executors:
+                    self._executors.append(self._make())
+                run.executor = self._executors[0]
+            if self._is_closed:
+                self.close()  # the service was stopped while it was made
             values = {"prepare": _PREPARE, "environment": self._environment, "task": task}
             run.future = run.executor.submit(eval, _CALL, values)
             run.future.add_done_callback(then)
         except Exception as error:  # noqa: BLE001 - an executor is foreign code and may fail in any way
-            self._refusals += 1
-            if isinstance(error, BrokenExecutor) or self._refusals >= MAX_REFUSALS:
+            if not self._is_here and not isinstance(error, (TypeError, ValueError)):  # these are about the task
                 self._discard(run.executor)
-            raise NotStarted(_not_started(error)) from error
-        self._refusals = 0
+            return Ending(NOT_STARTED, reason=f"It could not be started: {describe_error(error)}")
+        return None
 
-    def read_ending(self, run: RemoteRun, future: Future[str]) -> Ending:
+    def read_ending(self, run: RemoteRun, future: Future[Any]) -> Ending:
         """Return how the run ended whose future is done, after taking its last report; discard a broken executor."""
         try:
-            result = json.loads(future.result())
-            data = result["data"] if result["base64"] is None else base64.b64decode(result["base64"])
-            outcome = Outcome(result["status"], data, result["error"], result["may_retry"])
-            run.take_report(result["report"])
+            result = future.result()
+            if isinstance(result, Ending):
+                return result
+            result = json.loads(result)
+            report, binary = result.pop("report"), result.pop("base64")
+            outcome = Outcome(**result) if binary is None else Outcome(**{**result, "data": base64.b64decode(binary)})
+            run.take_report(report)
         except BaseException as error:  # noqa: BLE001 - an executor is foreign code and may fail in any way
-            if run.is_cancelled:
-                return Ending(CANCELLED)
-            if isinstance(error, WorkerDied):
-                return Ending(DIED, reason=str(error))
-            if isinstance(error, BrokenExecutor):
+            is_broken = isinstance(error, BrokenExecutor)
+            if is_broken:
                 self._discard(run.executor)
-            if isinstance(error, NotStarted) or not run.may_have_begun:
-                return Ending(NOT_STARTED, reason=_not_started(error))
-            return Ending(CRASHED if isinstance(error, BrokenExecutor) else LOST,
-                          reason=f"The executor has failed: {type(error).__name__}: {safe_text(error)}")
+            is_begun = bool(run.executions) or not run.asks_first
+            return Ending(NOT_STARTED if not is_begun else CRASHED if is_broken else LOST,
+                          reason=f"The executor has failed: {describe_error(error)}")
         is_cancelled = outcome.status == ERROR and run.is_cancelled  # whatever it raised when it was told to stop
         return Ending(CANCELLED) if is_cancelled else Ending(ENDED, outcome)
 
     def close(self) -> None:
         """End the executor; what still runs in it is not waited for."""
         self._is_closed = True
-        self._shut_down(self._executor)
-
-    def _get_executor(self) -> Executor:
-        with self._lock:
-            if self._executor is None and not self._is_closed:
-                self._executor = self._make()
-            if self._executor is None or self._is_closed:
-                self._shut_down(self._executor)  # the service was stopped while it was made
-                raise RuntimeError("The service has stopped.")
-            return self._executor
+        for executor in self._executors[:]:
+            self._discard(executor)
 
     def _discard(self, executor: Optional[Executor]) -> None:
-        with self._lock:
-            self._refusals = 0
-            if self._executor is executor:
-                self._executor = None
-        self._shut_down(executor)
-
-    @staticmethod
-    def _shut_down(executor: Optional[Executor]) -> None:
-        if executor is not None:
-            try:
+        if executor in self._executors:
+            with suppress(Exception):  # it is foreign code, or another thread has discarded it just now
+                self._executors.remove(executor)
                 executor.shutdown(wait=False)
-            except Exception as error:  # noqa: BLE001 - an executor is foreign code, and this one is at its end
-                log.debug("an executor cannot be shut down: %s", safe_text(error))
-
-
-def _not_started(error: BaseException) -> str:
-    kind = "" if isinstance(error, NotStarted) else f"{type(error).__name__}: "
-    return f"It could not be started: {kind}{safe_text(error)}"
 
 
 def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Engine]:
@@ -3296,36 +3115,30 @@ def make_engine(settings: Mapping[str, Any], registry: Registry) -> Optional[Eng
     name: str = settings["EXECUTOR"]
     if name == "thread":
         return None
-    types = [job_type for job_type in map(registry.get, registry.names()) if job_type and not job_type.synchronous]
+    if name == "process" and not hasattr(os, "fork"):
+        raise StartError("The setting EXECUTOR is process, and this system cannot fork processes; set it to thread or "
+                         "to MODULE:FACTORY.")
+    types = filter(None, map(registry.get, registry.names()))
     try:
-        functions = [locate(job_type.function) for job_type in types]
-    except ValueError as error:
-        raise StartError(str(error)) from None
-    if name == "process":
-        if not hasattr(os, "fork"):
-            raise StartError("The setting EXECUTOR is process, and this system cannot fork processes; set it to thread "
-                             "or to MODULE:FACTORY.")
-        environment = describe_environment(settings, is_here=True)
-        return Engine(lambda: ProcessExecutor(settings["WORKERS"], environment, functions), settings, is_here=True)
-    module, _, attribute = name.rpartition(":")
-    factory = getattr(load_module(module), attribute, None)
-    if not callable(factory):
-        raise StartError(f"The setting EXECUTOR names {attribute}, and {module} has no such function.")
+        functions = [locate(job_type.function) for job_type in types if not job_type.synchronous]
+        if name == "process":
+            environment = describe_environment(settings, is_here=True)
+            return Engine(lambda: ProcessExecutor(environment, functions), settings, is_here=True)
+        module, _, attribute = name.rpartition(":")
+        factory = getattr(load_module(module), attribute)
 
-    def make() -> Executor:
-        prepare_for_shortage()
-        executor = factory(settings)
-        if not callable(getattr(executor, "submit", None)) or not callable(getattr(executor, "shutdown", None)):
-            raise TypeError(f"it has returned {type(executor).__name__}, which is no concurrent.futures.Executor")
-        if "multiprocessing" in sys.modules:
+        def make() -> Executor:
             import multiprocessing.util
+            executor = factory(settings)
+            if not isinstance(executor, Executor):
+                raise TypeError(f"it has returned {type(executor).__name__}, which is no concurrent.futures.Executor")
             multiprocessing.util.register_after_fork(executor, lambda _: _end_with_parent())
-        return executor  # type: ignore[no-any-return]
-
-    try:
+            return executor
         return Engine(make, settings, is_here=False)
+    except StartError:
+        raise
     except Exception as error:
-        raise StartError(f"The executor {name} cannot be made: {type(error).__name__}: {safe_text(error)}.") from error
+        raise StartError(f"The executor {name} cannot be made: {describe_error(error)}.") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3561,20 +3374,18 @@ class Runner:
         if not run.begin():
             return
         if not isinstance(run, RemoteRun) or self._engine is None:
-            outcome = run_function(job_type.function, run, job.read_input, job_type.synchronous)
-            self._end(attempt, Ending(ENDED, outcome))
+            take_stream = join_stream if job_type.synchronous else None
+            self._end(attempt, Ending(ENDED, run_function(job_type.function, run, job.read_input, take_stream)))
             return
-        try:
-            # an executor's own thread must not wait for the disk
-            self._engine.start(job, job_type, run, lambda future: self._pool.submit(self._read_ending, attempt, future))
-        except NotStarted as error:
-            self._end(attempt, Ending(NOT_STARTED, reason=str(error)))
-        except ValueError as error:
-            self._end(attempt, Ending(ENDED, failure(safe_text(error))))
+        # an executor's own thread must not wait for the disk
+        ending = self._engine.start(
+            job, job_type, run, lambda future: self._pool.submit(self._read_ending, attempt, future))
+        if ending is not None:
+            self._end(attempt, ending)
         if run.is_cancelled:  # told to stop before there was a future
             run.tell_to_stop()
 
-    def _read_ending(self, attempt: Attempt, future: Future[str]) -> None:
+    def _read_ending(self, attempt: Attempt, future: Future[Any]) -> None:
         if self._engine is not None and isinstance(attempt.run, RemoteRun) and not attempt.run.is_ended:
             self._end(attempt, self._engine.read_ending(attempt.run, future))
 
@@ -3716,22 +3527,22 @@ class Runner:
         run, _, job_type = attempt
         assert job_type is not None, "a submission has been checked"
         function = job_type.function
+        streams: List[Callable[[], Iterable[Any]]] = []
 
-        def call() -> Union[Outcome, Callable[[], Iterable[Any]]]:
-            return call_function(function, run, read_input, streams=True) if run.begin() else failure(CANCELLED)
+        def call() -> Outcome:
+            return run_function(function, run, read_input, streams.append) if run.begin() else failure(CANCELLED)
 
         try:
             ending = self._call_in_time(run, call)
-            if callable(ending):
+            if streams and ending.kind == ENDED:
                 self._store.store_held_job(job.seq)
-                return run, self._stream(attempt, ending)
+                return run, self._stream(attempt, streams[0])
         except BaseException as error:
             self._end(attempt, Ending(ENDED, failure(safe_text(error))))
             raise
         return run, self._end(attempt, ending, must_raise=True)
 
-    def _call_in_time(self, run: Run, call: Callable[[], Union[Outcome, Callable[[], Iterable[Any]]]],
-                      ) -> Union[Ending, Callable[[], Iterable[Any]]]:
+    def _call_in_time(self, run: Run, call: Callable[[], Outcome]) -> Ending:
         """Call in this thread or, where the job has a timeout, in one that can be left behind."""
         try:
             outcome = call() if run.deadline is None else self._pool.submit(call).result(
@@ -3741,7 +3552,7 @@ class Runner:
             return Ending(TIMED_OUT, reason=_timeout_message(run.timeout_seconds))
         except RuntimeError as error:  # no more threads
             return Ending(NOT_STARTED, reason=f"It could not be started: {error}.")
-        return Ending(ENDED, outcome) if isinstance(outcome, Outcome) else outcome
+        return Ending(ENDED, outcome)
 
     def _stream(self, attempt: Attempt, function: Callable[[], Iterable[Any]]) -> Iterator[bytes]:
         """Yield what iterating ``function()`` yields, as bytes; end the job when that ends or takes too long."""
@@ -3755,16 +3566,14 @@ class Runner:
         ending = gone = Ending(ENDED, failure("The client went away before the result was complete."))
         try:
             while True:
-                part = self._call_in_time(
-                    attempt.run, lambda: call_function(read, attempt.run, dict, streams=False))
-                assert isinstance(part, Ending)
-                ending = part
-                if part.outcome is None or part.outcome.status == ERROR:
+                ending = self._call_in_time(attempt.run, lambda: run_function(read, attempt.run, dict, None))
+                outcome = ending.outcome
+                if outcome is None or outcome.status == ERROR:
                     raise StreamBroken
-                if not isinstance(part.outcome.data, bytes):
+                if not isinstance(outcome.data, bytes):
                     return
                 ending = gone
-                yield part.outcome.data
+                yield outcome.data
         finally:
             self._end(attempt, ending, must_raise=True)
 
@@ -6492,17 +6301,13 @@ def _run_once(arguments: Sequence[str]) -> int:
             print(f"{line.timestamp} {line.level} {line.message}", file=sys.stderr)
         run.drop(output)
 
-    def print_stream(task_id: str, input: Dict[str, Any]) -> None:
+    def print_stream(stream: Callable[[], Iterable[Any]]) -> None:
         for part in stream():
             sys.stdout.write(part.decode("utf-8", "replace") if isinstance(part, bytes) else str(part))
         sys.stdout.write("\n")
 
     run = Run("command-line", 0, 1, print_lines)
-    outcome = call_function(job_type.function, run, lambda: input, streams=job_type.synchronous)
-    if not isinstance(outcome, Outcome):
-        stream = outcome
-        outcome = call_function(print_stream, run, lambda: input, streams=False)
-        assert isinstance(outcome, Outcome)
+    outcome = run_function(job_type.function, run, lambda: input, print_stream if job_type.synchronous else None)
     run.end()
     if outcome.error is not None:
         document = json.loads(outcome.error)
