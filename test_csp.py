@@ -2787,7 +2787,7 @@ class TestOpening:
 
     @pytest.mark.parametrize("sentence, content", [
         ("not a database", b"This is a text, and longer than a header." * 100), ("not a database", b"A note.\n"),
-        ("not a database that can be read", b"SQLite format 3\0" + b"\xff" * 4080),
+        ("not a database", b"SQLite format 3\0" + b"\xff" * 4080),
         ("another program", ["CREATE TABLE songs (title)"]),
         ("another program", ["CREATE TABLE jobs (job_id, salary)", "PRAGMA user_version = 1"]),
         ("another program", ["PRAGMA journal_mode = WAL", "CREATE TABLE songs (title)"]),
@@ -2839,7 +2839,7 @@ class TestOpening:
         schema, content = schema_of(path), dump(path)
         with stored_in(path) as store:
             assert store.take_seq() == 6
-            assert [log_id for log_id, _ in store.list_new_logs(3, 0, 10)] == [1, 9]  # clients know them as event ids
+            assert [log_id for log_id, _ in store.list_logs(3, 10, 0)] == [1, 9]  # clients know them as event ids
         csp.Store(str(tmp_path / "new.db")).close()
         assert dump(path) == content and schema == schema_of(tmp_path / "new.db")
         service = start()
@@ -2965,8 +2965,8 @@ READS = {
     "list running": lambda store: store.list_running(),
     "list callback hosts": lambda store: store.list_callback_hosts(),
     "list due callbacks": lambda store: store.list_due_callbacks("host-1", 5),
-    "list new logs": lambda store: store.list_new_logs(300, 600, 20),
-    "list no new logs": lambda store: store.list_new_logs(300, 10**9, 20),
+    "list new logs": lambda store: store.list_logs(300, 20, 600),
+    "list no new logs": lambda store: store.list_logs(300, 20, 10**9),
     "find": lambda store: store.find_jobs("job-3", 20), "find nothing": lambda store: store.find_jobs("zzz", 20),
     "find all": lambda store: store.find_jobs("", 20),
     "light jobs": lambda store: store.get_light_jobs([300, 5, 10**9]),
