@@ -1542,14 +1542,6 @@ class Write:
             return self.result
 
 
-class Held(NamedTuple):
-    """A synchronous job whose row is not written before ``due`` (monotonic), because it will probably end sooner."""
-
-    job: Job
-    run: Run
-    due: float
-
-
 @contextmanager
 def _borrowed(pool: queue.SimpleQueue[sqlite3.Connection]) -> Iterator[sqlite3.Connection]:
     try:
@@ -1574,13 +1566,15 @@ class Store:
         self.on_queued: Callable[[], None] = lambda: None
         self.on_callback_due: Callable[[str, float], None] = lambda host, at: None
         self._queue: queue.SimpleQueue[Optional[Write]] = queue.SimpleQueue()  # None: close
-        self._held: Dict[int, Held] = {}  # by seq; only the writer removes
+        # Synchronous jobs that will probably end before they are due to be stored (monotonic seconds), by seq; only the
+        # writer removes one.
+        self._held: Dict[int, Tuple[Job, Run, float]] = {}
         self._is_idle = False  # whether the writer waits for the queue alone, and not for held jobs
         self._lock = threading.Lock()  # guards _is_closed and _watchers
         self._is_closed = False
         self._watchers: Dict[str, Set[threading.Event]] = {}
         self.is_released = False
-        self._trouble = ""
+        self._is_disk_ill = False
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._writers = self._readers if path is None else queue.SimpleQueue()
         self._database = Database(path)
@@ -1589,7 +1583,9 @@ class Store:
             for _ in range(READERS if path else 0):
                 self._readers.put(self._database.connect())
             self._counts = {row[:2]: row[2] for row in self._read("SELECT job_type, status, jobs FROM counts")}
-            self._next_seq = itertools.count(self._read("SELECT coalesce(max(seq), 0) + 1 FROM jobs")[0][0])
+            last_seq = self._read("SELECT coalesce(max(seq), 0) FROM jobs")[0][0]
+            # the number of a new job: higher than all before, never used twice by one process
+            self.take_seq: Callable[[], int] = itertools.count(last_seq + 1).__next__
         except (OSError, sqlite3.Error, Unavailable) as error:
             self._database.unlock()
             raise StartError(f"The database {path} cannot be opened: {error}.") from None
@@ -1605,15 +1601,9 @@ class Store:
             self._queue.put(None)
         self.release()
         self._writer.join()
-        while not self._writers.empty():
-            connection = self._writers.get()
-            try:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error:
-                log.info("the write-ahead log stays beside the database; the next start reads it")
-            connection.close()
-        while not self._readers.empty():
-            self._readers.get().close()
+        for pool in (self._writers, self._readers):  # SQLite folds the WAL into the file when the last one is closed
+            while not pool.empty():
+                pool.get().close()
         self._database.unlock()
 
     # -- the writer
@@ -1635,9 +1625,17 @@ class Store:
             pass
 
     def _commit_waiting(self) -> bool:
-        """Wait for a write and commit it with all that wait behind it; return False when the store is closed."""
+        """Wait for a write and commit it with all that wait behind it; return False when the store is closed.
+
+        While jobs are held, and a little longer, wait no longer than one is held.
+        """
         batch: List[Write] = []
-        entry = self._next_entry()
+        try:
+            entry = self._queue.get(timeout=HOLD_SECONDS)
+        except queue.Empty:
+            self._is_idle = True  # before the look at what is held: whoever holds a job looks at this afterwards
+            entry = _WAKE if self._held else self._queue.get()
+        self._is_idle = False
         while entry is not None:
             if entry is not _WAKE:
                 batch.append(entry)
@@ -1645,23 +1643,13 @@ class Store:
                 break
             entry = self._queue.get()
         now = time.monotonic()
-        for job, run, due in list(self._held.values()):
+        for seq, (job, run, due) in list(self._held.items()):
             if due <= now:
-                self._held[job.seq] = Held(job, run, now + 1.0)  # if the disk refuses it now
-                batch.append(Write(self._insert_held(job, run)))
+                self._held[seq] = (job, run, now + 1.0)  # if the disk refuses it now
+                batch.append(Write(functools.partial(self._insert_held, seq)))
         if batch:
             self._commit(batch)
         return entry is not None
-
-    def _next_entry(self) -> Optional[Write]:
-        """Wait for a write; while jobs are held, and a little longer, no longer than one is held."""
-        try:
-            return self._queue.get(timeout=HOLD_SECONDS)
-        except queue.Empty:
-            self._is_idle = True  # before the look at what is held: whoever holds a job looks at this afterwards
-        entry = _WAKE if self._held else self._queue.get()
-        self._is_idle = False
-        return entry
 
     def _commit(self, batch: List[Write]) -> None:
         """Run the operations in one transaction and tell each caller."""
@@ -1673,8 +1661,9 @@ class Store:
                 for write in batch:
                     self._commit([write])
                 return
-            if is_disk:
-                self._note_trouble(str(error))
+            if is_disk and not self._is_disk_ill:  # once, not for each write
+                log.error("the database cannot be written: %s; submissions are answered 503 until it can", error)
+            self._is_disk_ill = self._is_disk_ill or is_disk
             for write in batch:
                 if is_disk:
                     write.error = Unavailable(f"The database cannot be written ({error}); try again.")
@@ -1684,7 +1673,9 @@ class Store:
                 if write.refused is not None:
                     write.refused()
         else:
-            self._note_trouble("")
+            if self._is_disk_ill:
+                log.warning("the database can be written again")
+            self._is_disk_ill = False
             self._publish(transaction)
         for write in batch:
             write.done.release()
@@ -1733,14 +1724,6 @@ class Store:
             self.on_queued()
         for host, at in transaction.callbacks:
             self.on_callback_due(host, at)
-
-    def _note_trouble(self, trouble: str) -> None:
-        """Log that the disk fell ill or recovered: once, not for each write."""
-        if trouble and not self._trouble:
-            log.error("the database cannot be written: %s; submissions are answered 503 until it can", trouble)
-        elif self._trouble and not trouble:
-            log.warning("the database can be written again")
-        self._trouble = trouble
 
     # -- reading
 
@@ -1861,12 +1844,10 @@ class Store:
 
     @contextmanager
     def watch(self, job_id: str) -> Iterator[threading.Event]:
-        """Give an event that the writer sets when the job (or ANY_JOB) has changed, and ``release`` for good."""
+        """Give an event that is set when the job (or ANY_JOB) has changed; look at ``is_released`` before you wait."""
         event = threading.Event()
         with self._lock:
             self._watchers.setdefault(job_id, set()).add(event)
-        if self.is_released:
-            event.set()
         try:
             yield event
         finally:
@@ -1891,17 +1872,11 @@ class Store:
             while True:
                 changed.clear()
                 job = self.get_job(job_id)
-                if job is None or is_ready(job) or self.is_released:
-                    return job
-                if not changed.wait(deadline - time.monotonic()):
+                is_done = job is None or is_ready(job) or self.is_released
+                if is_done or not changed.wait(deadline - time.monotonic()):
                     return job
 
     # -- the lifecycle
-
-    def take_seq(self) -> int:
-        """Return the number of a new job: higher than all before, never used twice by one process."""
-        seq: int = next(self._next_seq)
-        return seq
 
     def add_job(self, job: Job, is_new_id: bool = False, begin: Optional[Callable[[Job], Any]] = None) -> Write:
         """Store a new job, without waiting. The Write raises Conflict if its id is taken.
@@ -1920,30 +1895,28 @@ class Store:
         Only for an id made by the service: nobody else can have it, or know it yet.
         """
         due = time.monotonic() + HOLD_SECONDS + len(job.sent_data or "") * HOLD_SECONDS_PER_CHARACTER
-        self._held[job.seq] = Held(job, run, due)
+        self._held[job.seq] = (job, run, due)
         if self._is_idle:
             self._queue.put(_WAKE)
 
     def store_held_job(self, seq: int) -> None:
-        held = self._held.get(seq)
-        if held is not None:
-            self._write(self._insert_held(held.job, held.run))
+        if seq in self._held:
+            self._write(functools.partial(self._insert_held, seq))
 
-    def _insert_held(self, job: Job, run: Run) -> Callable[[Transaction], None]:
-        """Return the operation that stores a held job and its output."""
-        def operation(transaction: Transaction) -> None:
-            if job.seq in self._held and job.seq not in transaction.inserted:
-                _insert_job(transaction, job)
-                _insert_output(transaction, run)
-                transaction.on_commit.append(stored)
+    def _insert_held(self, seq: int, transaction: Transaction) -> None:
+        """Store a held job and its output, unless it has ended or was stored meanwhile."""
+        if seq not in self._held or seq in transaction.inserted:
+            return
+        job, run, _ = self._held[seq]
+        _insert_job(transaction, job)
+        _insert_output(transaction, run)
 
         def stored() -> None:
-            self._held.pop(job.seq, None)
+            del self._held[seq]
             if run.has_output:  # announced meanwhile, and left to this write
                 with suppress(Unavailable):
                     self.save_output(run)
-
-        return operation
+        transaction.on_commit.append(stored)
 
     def save_output(self, run: Run, refused: Optional[Callable[[], None]] = None) -> None:
         """Store the run's log and progress, without waiting; ``refused`` is called if the disk cannot take them."""
