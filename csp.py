@@ -1271,7 +1271,7 @@ _FROM_PREDECESSOR = (
         SELECT job_id, coalesce(job_type, ''), coalesce(status, 'error'), as_json(sent_data), as_json(data),
         as_error(error), nullif(result_url, ''), CASE status WHEN 'pending' THEN api_key END, job_key,
         as_time(requested_timestamp), as_time(finished_timestamp), CASE status WHEN 'pending' THEN 0 END,
-        as_host(result_url) FROM old_jobs ORDER BY requested_timestamp, rowid""",
+        as_host(nullif(result_url, '')) FROM old_jobs ORDER BY requested_timestamp, rowid""",
     """INSERT INTO metadata (job_id, key, value, type, seq) SELECT m.job_id, key, coalesce(value, ''), type, seq
         FROM old_metadata m JOIN jobs USING (job_id)""",
     """INSERT INTO logs (job_id, timestamp, message, level, module, funcName, lineno, seq)
@@ -1405,31 +1405,30 @@ def _migrate(connection: sqlite3.Connection) -> None:
 def _take_over_predecessor(connection: sqlite3.Connection) -> None:
     for name, function in (("as_json", _as_json), ("as_error", _as_error), ("as_time", _as_time),
                            ("as_host", _as_host)):
-        connection.create_function(name, 1, function)
+        connection.create_function(
+            name, 1, lambda value, function=function: None if value is None else function(value))
     for table in ("logs", "metadata", "jobs"):
         connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     for statement in (*_SCHEMA, *_FROM_PREDECESSOR):
         connection.execute(statement)
     metadata: Dict[int, Dict[str, Any]] = {}
     for seq, key, value, kind in connection.execute("SELECT seq, key, value, type FROM metadata"):
-        metadata.setdefault(seq, {})[key] = json.loads(_as_json(value) or "null") if kind == "json" else value
+        metadata.setdefault(seq, {})[key] = json.loads(_as_json(value)) if kind == "json" else value
     connection.executemany("UPDATE jobs SET metadata = ? WHERE seq = ?", [
         (to_json(values), seq) for seq, values in metadata.items()])
     for table in ("logs", "metadata", "jobs"):
         connection.execute(f"DROP TABLE old_{table}")
 
 
-def _as_json(text: Optional[str]) -> Optional[str]:
-    if text is None:
-        return None
+def _as_json(text: str) -> str:
     try:
         return to_json(json.loads(text))
     except (ValueError, RecursionError):
         return to_json(clean(text))
 
 
-def _as_error(text: Optional[str]) -> Optional[str]:
-    value = None if text is None else json.loads(_as_json(text) or "null")
+def _as_error(text: str) -> Optional[str]:
+    value = json.loads(_as_json(text))
     if value is None:
         return None
     if isinstance(value, dict) and isinstance(value.get("message"), str):
@@ -1437,16 +1436,14 @@ def _as_error(text: Optional[str]) -> Optional[str]:
     return to_json({"message": value if isinstance(value, str) else to_json(value)})
 
 
-def _as_time(value: Union[str, float, None]) -> Optional[str]:
-    if value is None:
-        return None
+def _as_time(value: Union[str, float]) -> str:
     whole, _, fraction = str(value).replace(" ", "T", 1).partition(".")
     return f"{whole}.{fraction[:6]:0<6}"
 
 
-def _as_host(url: Optional[str]) -> Optional[str]:
+def _as_host(url: str) -> str:
     try:
-        return callback_host(url) if url else None
+        return callback_host(url)
     except ValueError:  # not an address, as the callback will find out
         return ""
 
@@ -1503,15 +1500,15 @@ class Transaction:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.execute, self.executemany = connection.execute, connection.executemany
-        self.counts: collections.Counter[Tuple[str, str]] = collections.Counter()  # changes by job type and status
-        self.hours: collections.Counter[Tuple[int, str]] = collections.Counter()  # jobs that finished, by hour, status
+        self.counts: Dict[Tuple[str, str], int] = collections.defaultdict(int)  # changes by job type and status
+        self.hours: Dict[Tuple[int, str], int] = collections.defaultdict(int)  # jobs that finished, by hour and status
         self.touched: Set[str] = set()  # ids of jobs that have changed
         self.callbacks: List[Tuple[str, float]] = []  # hosts, and when their callbacks are due
         self.has_queued = False  # whether a job has come into the queue
         self.inserted: Set[int] = set()  # seqs of jobs that it has inserted
-        self.taken: Dict[Run, int] = {}  # how many log lines of a run it has taken
+        self.taken: Dict[Run, int] = collections.defaultdict(int)  # how many log lines of a run it has taken
         self.plain_jobs: List[Job] = []  # rows to be inserted together, before the commit
-        self.on_commit: List[Callable[[], None]] = []
+        self.on_commit: List[Callable[[], object]] = []
 
     def insert_rows(self, statements: Mapping[int, str], rows: Sequence[Sequence[Any]]) -> None:
         """Insert the rows in few statements: each hands the interpreter's lock over."""
@@ -1784,12 +1781,10 @@ class Store:
                       ] * (len(metadata) - 1)
         if status in _IN_STATE:
             where.append(_IN_STATE[status])
-        elif status is not None:
-            where.append("j.status = ?")
-            values.append(status)
-        for column, value in (("j.job_type =", job_type), (f"{seq} <", before_seq)):
+            status = None
+        for comparison, value in (("j.status = ?", status), ("j.job_type = ?", job_type), (f"{seq} < ?", before_seq)):
             if value is not None:
-                where.append(f"{column} ?")
+                where.append(comparison)
                 values.append(value)
         condition = "WHERE " + " AND ".join(where) if where else ""
         return self._read(f"SELECT j.seq, j.job_id FROM {table} {condition} ORDER BY {seq} DESC LIMIT ? OFFSET ?",
@@ -1982,7 +1977,7 @@ class Store:
         def operation(transaction: Transaction) -> Optional[Job]:
             if job.seq in self._held and job.seq not in transaction.inserted:
                 _insert_job(transaction, ended, counted_as=PENDING, is_plain=run is not None and not run.has_output)
-                transaction.on_commit.append(lambda: self._held.pop(job.seq, None) and None)
+                transaction.on_commit.append(functools.partial(self._held.pop, job.seq))
             elif not _update_ended(transaction, ended, job.state):
                 return None
             if run is not None:
@@ -2164,8 +2159,8 @@ def _insert_output(transaction: Transaction, run: Run, is_deleted: bool = False)
     """
     if not run.has_output:
         return
-    output = run.peek(transaction.taken.get(run, 0))
-    transaction.taken[run] = transaction.taken.get(run, 0) + len(output.lines)
+    output = run.peek(transaction.taken[run])
+    transaction.taken[run] += len(output.lines)
     transaction.on_commit.append(lambda: run.drop(output))
     if is_deleted:
         return
