@@ -1477,7 +1477,6 @@ _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "stat
 WHOLE, RESULT, LIGHT = "whole", "without sent_data", "without sent_data and data"  # how much of a job is read
 _SELECT = {columns: f"SELECT {', '.join('NULL' if name in left_out else name for name in Job._fields)} FROM jobs "
            for columns, left_out in ((WHOLE, ()), (RESULT, ("sent_data",)), (LIGHT, ("sent_data", "data")))}
-_LARGE_COLUMNS = ("sent_data", "data")  # '', which is no JSON text, stands for a value in the table ``large``
 _INSERT_LARGE = "INSERT OR REPLACE INTO large (seq, name, value) VALUES (?, ?, ?)"  # another program left one
 _LOG_COLUMNS = "timestamp, message, level, module, funcName, lineno"
 _DISK_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)  # these, and no subclasses
@@ -1750,10 +1749,7 @@ class Store:
 
     def list_logs(self, seq: int, limit: int, after_log_id: Optional[int] = None, levels: Sequence[str] = (),
                   ) -> List[Tuple[int, LogLine]]:
-        """Return (log id, line) of the job's lines after that id, oldest first; without one the newest lines first.
-
-        With ``levels`` only lines of these levels.
-        """
+        """Return (log id, line) of lines after that id, oldest first, or the newest first; all or only these levels."""
         level = f"AND level IN ({', '.join('?' * len(levels))})" if levels else ""
         order = "DESC" if after_log_id is None else ""
         rows = self._read(f"SELECT log_id, {_LOG_COLUMNS} FROM logs WHERE seq = ? {level} AND log_id > ? "
@@ -1799,8 +1795,8 @@ class Store:
 
     def count_by_hour(self, since_hour: int) -> Dict[Tuple[int, str], int]:
         """Return how many jobs finished by (hour, status), from that hour on; hours since 1970."""
-        rows = self._read("SELECT hour, status, jobs FROM hours WHERE hour >= ?", (since_hour,))
-        return {(hour, status): jobs for hour, status, jobs in rows}
+        return {row[:2]: row[2] for row in self._read(
+            "SELECT hour, status, jobs FROM hours WHERE hour >= ?", (since_hour,))}
 
     def count_jobs(self) -> Dict[str, int]:
         """Return how many jobs are pending, complete and error, at constant cost."""
@@ -2135,7 +2131,7 @@ def _make_jobs(rows: Iterable[Sequence[Any]],
     """
     jobs = []
     for job in map(Job._make, rows):
-        apart = [name for name in _LARGE_COLUMNS if getattr(job, name) == ""]
+        apart = [name for name in ("sent_data", "data") if getattr(job, name) == ""]  # no JSON text: in ``large``
         found: Dict[str, Any] = {name: value for name in apart for (value,) in read(
             "SELECT value FROM large WHERE seq = ? AND name = ?", (job.seq, name))}
         if len(found) == len(apart):
@@ -2153,10 +2149,7 @@ def _insert_large(transaction: Transaction, seq: int, values: Mapping[str, Union
 
 
 def _insert_output(transaction: Transaction, run: Run, is_deleted: bool = False) -> None:
-    """Insert the run's log lines and write its progress, as far as this transaction has not done so before.
-
-    The output of a job that is deleted is dropped.
-    """
+    """Store (or drop) the run's log lines and progress, as far as this transaction has not done so before."""
     if not run.has_output:
         return
     output = run.peek(transaction.taken[run])
