@@ -1138,27 +1138,19 @@ _MIGRATIONS: Dict[int, Tuple[str, ...]] = {}
 # Fills the schema from the predecessor's tables, renamed to old_*. Their values are checked, because this program
 # splices JSON texts.
 _FROM_PREDECESSOR = (
-    """INSERT INTO jobs (job_id, job_type, status, sent_data, data, error, metadata, result_url, api_key, job_key,
+    """INSERT INTO jobs (job_id, job_type, status, sent_data, data, error, result_url, api_key, job_key,
         requested_timestamp, finished_timestamp, run_at, callback_host)
         SELECT job_id, coalesce(job_type, ''), coalesce(status, 'error'), as_json(sent_data), as_json(data),
-        as_error(error),
-        CASE WHEN EXISTS (SELECT 1 FROM old_metadata m WHERE m.job_id = j.job_id) THEN (
-            SELECT json_pairs(key, value, type) FROM old_metadata m WHERE m.job_id = j.job_id) END,
-        nullif(result_url, ''), CASE status WHEN 'pending' THEN api_key END, job_key, as_time(requested_timestamp),
-        as_time(finished_timestamp), CASE status WHEN 'pending' THEN 0 END, as_host(result_url)
-        FROM old_jobs j ORDER BY requested_timestamp, rowid""",
+        as_error(error), nullif(result_url, ''), CASE status WHEN 'pending' THEN api_key END, job_key,
+        as_time(requested_timestamp), as_time(finished_timestamp), CASE status WHEN 'pending' THEN 0 END,
+        as_host(nullif(result_url, '')) FROM old_jobs ORDER BY requested_timestamp, rowid""",
     """INSERT INTO metadata (job_id, key, value, type, seq) SELECT m.job_id, key, coalesce(value, ''), type, seq
         FROM old_metadata m JOIN jobs USING (job_id)""",
     """INSERT INTO logs (job_id, timestamp, message, level, module, funcName, lineno, seq)
         SELECT l.job_id, as_time(timestamp), coalesce(message, ''), level, module, funcName, lineno, seq
         FROM old_logs l JOIN jobs USING (job_id) ORDER BY l.rowid""",
     "INSERT INTO counts SELECT job_type, status, count(*) FROM jobs GROUP BY 1, 2",
-    """INSERT INTO hours
-        SELECT CAST(strftime('%s', finished_timestamp, 'utc') AS INTEGER) / 3600 AS hour, status, count(*) FROM jobs
-        WHERE finished_timestamp > strftime('%Y-%m-%dT%H', 'now', 'localtime', '-1 day')
-        AND strftime('%s', finished_timestamp, 'utc') IS NOT NULL GROUP BY hour, status""",
 )
-_PREDECESSORS_TABLES = ("logs", "metadata", "jobs")
 
 
 class Database:
@@ -1170,22 +1162,21 @@ class Database:
     def __init__(self, path: Optional[str]) -> None:
         self.path = path
         self._lock: Optional[int] = None
-        if path is not None:
-            _check_file(path)
-            self._lock = _lock_file(path)
-            _closed_in_children.add(self)
         try:
             if path is not None:
+                _check_file(path)
+                self._lock = _lock_file(path)
+                _closed_in_children.add(self)
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # -wal and -shm get the mode of this file
                 os.chmod(path, 0o600)
             self.connection = self.connect()
-            if path is not None:
-                self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.execute("PRAGMA journal_mode = WAL")
             if self.connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
                 _migrate(self.connection)
         except (OSError, sqlite3.Error) as error:
             self.unlock()
-            raise StartError(f"The database {path} cannot be opened: {error}.") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise StartError(f"The database {path} cannot be opened: {reason}.") from None
 
     def connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path or ":memory:", timeout=BUSY_SECONDS, isolation_level=None,
@@ -1217,10 +1208,7 @@ if hasattr(os, "register_at_fork"):
 
 def _lock_file(path: str) -> int:
     """Return the descriptor of a lock that dies with this process; raise StartError if another one holds it."""
-    try:
-        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise StartError(f"The database {path} cannot be opened: {error.strerror}.") from None
+    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         import fcntl
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1239,11 +1227,7 @@ def _lock_file(path: str) -> int:
 def _check_file(path: str) -> None:
     """Raise StartError, with the file untouched, unless it is missing, empty, ours or the predecessor's."""
     if not os.path.exists(path):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise StartError(f"The database {path} cannot be created: its directory does not exist.")
         return
-    if not os.access(path, os.R_OK | os.W_OK) or os.path.isdir(path):
-        raise StartError(f"The database {path} is not a file that may be read and written.")
     with open(path, "rb") as file:
         if file.read(16) not in (b"", b"SQLite format 3\0"):  # SQLite itself takes a very short file for a new database
             raise StartError(f"The file {path} is not a database; choose another with --db.")
@@ -1253,8 +1237,6 @@ def _check_file(path: str) -> None:
         owner = connection.execute("PRAGMA application_id").fetchone()[0]
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         columns = {row[1] for row in connection.execute("PRAGMA table_info(jobs)")}
-    except sqlite3.DatabaseError as error:
-        raise StartError(f"The file {path} is not a database that can be read: {error}.") from None
     finally:
         connection.close()
     if owner == APPLICATION_ID and version != SCHEMA_VERSION and version not in _MIGRATIONS:
@@ -1295,44 +1277,30 @@ def _migrate(connection: sqlite3.Connection) -> None:
 def _take_over_predecessor(connection: sqlite3.Connection) -> None:
     for name, function in (("as_json", _as_json), ("as_error", _as_error), ("as_time", _as_time),
                            ("as_host", _as_host)):
-        connection.create_function(name, 1, function)
-    connection.create_aggregate("json_pairs", 3, _Pairs)  # type: ignore[arg-type]  # the stub knows numbers only
-    for (index,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL "
-                                       "AND tbl_name IN ('jobs', 'metadata', 'logs')").fetchall():
-        connection.execute(f'DROP INDEX "{index}"')
-    for table in _PREDECESSORS_TABLES:
+        connection.create_function(
+            name, 1, lambda value, function=function: None if value is None else function(value))
+    for table in ("logs", "metadata", "jobs"):
         connection.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
     for statement in (*_SCHEMA, *_FROM_PREDECESSOR):
         connection.execute(statement)
-    for table in _PREDECESSORS_TABLES:
+    metadata: Dict[int, Dict[str, Any]] = {}
+    for seq, key, value, kind in connection.execute("SELECT seq, key, value, type FROM metadata"):
+        metadata.setdefault(seq, {})[key] = json.loads(_as_json(value)) if kind == "json" else value
+    connection.executemany("UPDATE jobs SET metadata = ? WHERE seq = ?", [
+        (to_json(values), seq) for seq, values in metadata.items()])
+    for table in ("logs", "metadata", "jobs"):
         connection.execute(f"DROP TABLE old_{table}")
 
 
-class _Pairs:
-    """An SQL aggregate: rows of key, value, type ('json' or a string) become the text of one JSON object."""
-
-    def __init__(self) -> None:
-        self._pairs: Dict[str, Any] = {}
-
-    def step(self, key: Any, value: Any, kind: Any) -> None:
-        text = _as_json(value) if kind == "json" else None
-        self._pairs[key] = json.loads(text) if text else value
-
-    def finalize(self) -> str:
-        return to_json(self._pairs)
-
-
-def _as_json(text: Optional[str]) -> Optional[str]:
-    if text is None:
-        return None
+def _as_json(text: str) -> str:
     try:
         return to_json(json.loads(text))
     except (ValueError, RecursionError):
         return to_json(clean(text))
 
 
-def _as_error(text: Optional[str]) -> Optional[str]:
-    value = None if text is None else json.loads(_as_json(text) or "null")
+def _as_error(text: str) -> Optional[str]:
+    value = json.loads(_as_json(text))
     if value is None:
         return None
     if isinstance(value, dict) and isinstance(value.get("message"), str):
@@ -1340,16 +1308,14 @@ def _as_error(text: Optional[str]) -> Optional[str]:
     return to_json({"message": value if isinstance(value, str) else to_json(value)})
 
 
-def _as_time(value: Union[str, float, None]) -> Optional[str]:
-    if value is None:
-        return None
+def _as_time(value: Union[str, float]) -> str:
     whole, _, fraction = str(value).replace(" ", "T", 1).partition(".")
     return f"{whole}.{fraction[:6]:0<6}"
 
 
-def _as_host(url: Optional[str]) -> Optional[str]:
+def _as_host(url: str) -> str:
     try:
-        return callback_host(url) if url else None
+        return callback_host(url)
     except ValueError:  # not an address, as the callback will find out
         return ""
 
@@ -1372,6 +1338,7 @@ def _as_host(url: Optional[str]) -> Optional[str]:
 
 BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last of them waits
 READERS = 2  # connections for reading: each step releases the interpreter's lock, and more of them only convoy
+SQLITE_VERSION = sqlite3.sqlite_version
 CLEAR_SLICE = 500  # jobs deleted in one transaction, so that nobody waits behind a million rows
 HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it has ended, too; a large one is held
 HOLD_SECONDS_PER_CHARACTER = 2.0**-25  # longer, because writing it twice takes that long
@@ -1381,24 +1348,21 @@ _IN_STATE = {QUEUED: "status = 'pending' AND run_at IS NOT NULL", RUNNING: "stat
 WHOLE, RESULT, LIGHT = "whole", "without sent_data", "without sent_data and data"  # how much of a job is read
 _SELECT = {columns: f"SELECT {', '.join('NULL' if name in left_out else name for name in Job._fields)} FROM jobs "
            for columns, left_out in ((WHOLE, ()), (RESULT, ("sent_data",)), (LIGHT, ("sent_data", "data")))}
-_INSERT_JOB = f"INSERT INTO jobs ({_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
-_JOB_ROWS = (32, 8, 2, 1)  # rows in one statement: fewer values than 999, which older ones take at most
-_INSERT_JOBS = {rows: _INSERT_JOB + f", ({', '.join('?' * len(Job._fields))})" * (rows - 1) for rows in _JOB_ROWS}
-_END_ATTEMPT = {state: f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?,
-    run_at = ?, crashes = ?, failures = ?, callback_status = ?, callback_at = ?, api_key = ?
-    WHERE seq = ? AND attempts = ? AND {where}""" for state, where in _IN_STATE.items()}
-_APART = ""  # no JSON text: stands in a column whose value is in the table ``large``
-# (a row can be there already only if another program left it)
-_INSERT_LARGE = "INSERT OR REPLACE INTO large (seq, name, value) VALUES (?, ?, ?)"
+_INSERT_LARGE = "INSERT OR REPLACE INTO large (seq, name, value) VALUES (?, ?, ?)"  # another program left one
 _LOG_COLUMNS = "timestamp, message, level, module, funcName, lineno"
-_LINE_ROWS = (1, 100, 2000) if sqlite3.sqlite_version_info >= (3, 32) else (1, 100)  # older ones take 999 values
-_INSERT_LINES = {rows: f"INSERT INTO logs (job_id, seq, {_LOG_COLUMNS}) SELECT ?, ?, * FROM "
-                       f"(VALUES {', '.join(['(?, ?, ?, ?, ?, ?)'] * rows)}) LIMIT ?" for rows in _LINE_ROWS}
 _DISK_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)  # these, and no subclasses
 
 
-def sqlite_version() -> str:
-    return sqlite3.sqlite_version
+def _insert_statements(table: str, columns: str) -> Dict[int, str]:
+    """Return statements for several rows, by their number: with fewer values than 999, which older ones take."""
+    count = len(columns.split(", "))
+    row = f"({', '.join('?' * count)})"
+    return {rows: f"INSERT INTO {table} ({columns}) VALUES {', '.join([row] * rows)}"
+            for rows in (120, 30, 8, 2, 1) if rows * count < 999}
+
+
+_INSERT_JOBS = _insert_statements("jobs", _COLUMNS)
+_INSERT_LINES = _insert_statements("logs", f"job_id, seq, {_LOG_COLUMNS}")
 
 
 class Transaction:
@@ -1406,60 +1370,43 @@ class Transaction:
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.execute, self.executemany = connection.execute, connection.executemany
-        self.counts: Dict[Tuple[str, str], int] = {}  # changes by job type and status
-        self.hours: Dict[Tuple[int, str], int] = {}  # jobs that finished, by hour and status
+        self.counts: Dict[Tuple[str, str], int] = collections.defaultdict(int)  # changes by job type and status
+        self.hours: Dict[Tuple[int, str], int] = collections.defaultdict(int)  # jobs that finished, by hour and status
         self.touched: Set[str] = set()  # ids of jobs that have changed
         self.callbacks: List[Tuple[str, float]] = []  # hosts, and when their callbacks are due
         self.has_queued = False  # whether a job has come into the queue
         self.inserted: Set[int] = set()  # seqs of jobs that it has inserted
-        self.taken: Dict[Run, int] = {}  # how many log lines of a run it has taken
+        self.taken: Dict[Run, int] = collections.defaultdict(int)  # how many log lines of a run it has taken
         self.plain_jobs: List[Job] = []  # rows to be inserted together, before the commit
-        self.on_commit: List[Callable[[], None]] = []
+        self.on_commit: List[Callable[[], object]] = []
 
-    def insert_plain_jobs(self) -> None:
-        """Insert them in few statements: each hands the interpreter's lock over."""
-        for rows in _JOB_ROWS:
-            while len(self.plain_jobs) >= rows:
-                self.execute(_INSERT_JOBS[rows], list(itertools.chain.from_iterable(self.plain_jobs[:rows])))
-                del self.plain_jobs[:rows]
-
-    def count(self, job_type: str, status: str, change: int) -> None:
-        self.counts[job_type, status] = self.counts.get((job_type, status), 0) + change
+    def insert_rows(self, statements: Mapping[int, str], rows: Sequence[Sequence[Any]]) -> None:
+        """Insert the rows in few statements: each hands the interpreter's lock over."""
+        begin = 0
+        for size, statement in statements.items():
+            while len(rows) - begin >= size:
+                self.execute(statement, list(itertools.chain.from_iterable(rows[begin:begin + size])))
+                begin += size
 
 
 class Write:
     """An operation on its way through the writer. ``refused`` is called if the disk cannot take it."""
 
-    __slots__ = ("operation", "refused", "result", "error", "_done")
+    __slots__ = ("operation", "refused", "result", "error", "done")
 
     def __init__(self, operation: Callable[[Transaction], Any], refused: Optional[Callable[[], None]] = None) -> None:
         self.operation, self.refused = operation, refused
         self.result: Any = None
         self.error: Optional[Exception] = None
-        self._done = threading.Lock()
-        self._done.acquire()
-
-    def finish(self) -> None:
-        self._done.release()
+        self.done = threading.Lock()  # until it has been committed or refused
+        self.done.acquire()
 
     def wait(self) -> Any:
         """Return the operation's result or raise its error, after the commit."""
-        with self._done:
+        with self.done:
             if self.error is not None:
                 raise self.error
             return self.result
-
-
-class _Spoiled(Exception):
-    """An operation failed after it had changed something, so that all of its transaction has to be rolled back."""
-
-
-class Held(NamedTuple):
-    """A synchronous job whose row is not written before ``due`` (monotonic), because it will probably end sooner."""
-
-    job: Job
-    run: Run
-    due: float
 
 
 @contextmanager
@@ -1486,13 +1433,15 @@ class Store:
         self.on_queued: Callable[[], None] = lambda: None
         self.on_callback_due: Callable[[str, float], None] = lambda host, at: None
         self._queue: queue.SimpleQueue[Optional[Write]] = queue.SimpleQueue()  # None: close
-        self._held: Dict[int, Held] = {}  # by seq; only the writer removes
+        # Synchronous jobs that will probably end before they are due to be stored (monotonic seconds), by seq; only the
+        # writer removes one.
+        self._held: Dict[int, Tuple[Job, Run, float]] = {}
         self._is_idle = False  # whether the writer waits for the queue alone, and not for held jobs
         self._lock = threading.Lock()  # guards _is_closed and _watchers
         self._is_closed = False
         self._watchers: Dict[str, Set[threading.Event]] = {}
         self.is_released = False
-        self._trouble = ""
+        self._is_disk_ill = False
         self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
         self._writers = self._readers if path is None else queue.SimpleQueue()
         self._database = Database(path)
@@ -1501,7 +1450,9 @@ class Store:
             for _ in range(READERS if path else 0):
                 self._readers.put(self._database.connect())
             self._counts = {row[:2]: row[2] for row in self._read("SELECT job_type, status, jobs FROM counts")}
-            self._next_seq = itertools.count(self._read("SELECT coalesce(max(seq), 0) + 1 FROM jobs")[0][0])
+            last_seq = self._read("SELECT coalesce(max(seq), 0) FROM jobs")[0][0]
+            # the number of a new job: higher than all before, never used twice by one process
+            self.take_seq: Callable[[], int] = itertools.count(last_seq + 1).__next__
         except (OSError, sqlite3.Error, Unavailable) as error:
             self._database.unlock()
             raise StartError(f"The database {path} cannot be opened: {error}.") from None
@@ -1517,15 +1468,9 @@ class Store:
             self._queue.put(None)
         self.release()
         self._writer.join()
-        while not self._writers.empty():
-            connection = self._writers.get()
-            try:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            except sqlite3.Error:
-                log.info("the write-ahead log stays beside the database; the next start reads it")
-            connection.close()
-        while not self._readers.empty():
-            self._readers.get().close()
+        for pool in (self._writers, self._readers):  # SQLite folds the WAL into the file when the last one is closed
+            while not pool.empty():
+                pool.get().close()
         self._database.unlock()
 
     # -- the writer
@@ -1547,9 +1492,17 @@ class Store:
             pass
 
     def _commit_waiting(self) -> bool:
-        """Wait for a write and commit it with all that wait behind it; return False when the store is closed."""
+        """Wait for a write and commit it with all that wait behind it; return False when the store is closed.
+
+        While jobs are held, and a little longer, wait no longer than one is held.
+        """
         batch: List[Write] = []
-        entry = self._next_entry()
+        try:
+            entry = self._queue.get(timeout=HOLD_SECONDS)
+        except queue.Empty:
+            self._is_idle = True  # before the look at what is held: whoever holds a job looks at this afterwards
+            entry = _WAKE if self._held else self._queue.get()
+        self._is_idle = False
         while entry is not None:
             if entry is not _WAKE:
                 batch.append(entry)
@@ -1557,44 +1510,42 @@ class Store:
                 break
             entry = self._queue.get()
         now = time.monotonic()
-        batch += [self._insert_held(held) for held in list(self._held.values()) if held.due <= now]
+        for seq, (job, run, due) in list(self._held.items()):
+            if due <= now:
+                self._held[seq] = (job, run, now + 1.0)  # if the disk refuses it now
+                batch.append(Write(functools.partial(self._insert_held, seq)))
         if batch:
             self._commit(batch)
         return entry is not None
-
-    def _next_entry(self) -> Optional[Write]:
-        """Wait for a write; while jobs are held, and a little longer, no longer than one is held."""
-        try:
-            return self._queue.get(timeout=HOLD_SECONDS)
-        except queue.Empty:
-            self._is_idle = True  # before the look at what is held: whoever holds a job looks at this afterwards
-        entry = _WAKE if self._held else self._queue.get()
-        self._is_idle = False
-        return entry
 
     def _commit(self, batch: List[Write]) -> None:
         """Run the operations in one transaction and tell each caller."""
         try:
             transaction = self._run_transaction(batch)
-        except _Spoiled as spoiled:
-            if len(batch) > 1:
+        except Exception as error:  # noqa: BLE001 - the writer's loop: without it nothing could be stored any more
+            is_disk = type(error) in _DISK_ERRORS or isinstance(error, Unavailable)
+            if not is_disk and len(batch) > 1:  # one caller's mistake must not be the others'
                 for write in batch:
                     self._commit([write])
                 return
-            batch[0].error = _as_refusal(spoiled.__cause__)
-            if batch[0].refused is not None:
-                batch[0].refused()
-        except Exception as error:  # noqa: BLE001 - the writer's loop: without it nothing could be stored any more
-            self._note_trouble(str(error))
+            if is_disk and not self._is_disk_ill:  # once, not for each write
+                log.error("the database cannot be written: %s; submissions are answered 503 until it can", error)
+            self._is_disk_ill = self._is_disk_ill or is_disk
             for write in batch:
-                write.error = Unavailable(f"The database cannot be written ({error}); try again.")
+                if is_disk:
+                    write.error = Unavailable(f"The database cannot be written ({error}); try again.")
+                else:
+                    is_value = isinstance(error, (sqlite3.Error, OverflowError, UnicodeError))
+                    write.error = ValueError(f"It cannot be stored: {error}") if is_value else error
                 if write.refused is not None:
                     write.refused()
         else:
-            self._note_trouble("")
+            if self._is_disk_ill:
+                log.warning("the database can be written again")
+            self._is_disk_ill = False
             self._publish(transaction)
         for write in batch:
-            write.finish()
+            write.done.release()
 
     def _run_transaction(self, batch: List[Write]) -> Transaction:
         with _borrowed(self._writers) as connection:
@@ -1605,24 +1556,17 @@ class Store:
                     before, write.error = connection.total_changes, None
                     try:
                         write.result = write.operation(transaction)
-                    except Exception as error:  # noqa: BLE001 - one caller's mistake must not be the others'
-                        if type(error) in _DISK_ERRORS:
-                            raise
-                        if connection.total_changes != before or not isinstance(error, CspError):
-                            raise _Spoiled from error
+                    except CspError as error:  # such as a Conflict
+                        if connection.total_changes != before:
+                            raise  # all of the transaction has to be rolled back
                         write.error = error
-                try:
-                    transaction.insert_plain_jobs()
-                except (sqlite3.Error, OverflowError, UnicodeError) as error:
-                    if type(error) in _DISK_ERRORS:
-                        raise
-                    raise _Spoiled from error
-                connection.executemany("""INSERT INTO counts VALUES (?, ?, ?)
-                    ON CONFLICT (job_type, status) DO UPDATE SET jobs = jobs + excluded.jobs""",
-                    [(*key, change) for key, change in transaction.counts.items() if change])
-                connection.executemany("""INSERT INTO hours VALUES (?, ?, ?)
-                    ON CONFLICT (hour, status) DO UPDATE SET jobs = jobs + excluded.jobs""",
-                    [(*key, jobs) for key, jobs in transaction.hours.items()])
+                transaction.insert_rows(_INSERT_JOBS, transaction.plain_jobs)
+                for table, column, changes in (("counts", "job_type", transaction.counts),
+                                               ("hours", "hour", transaction.hours)):
+                    connection.executemany(
+                        f"INSERT INTO {table} VALUES (?, ?, ?) "
+                        f"ON CONFLICT ({column}, status) DO UPDATE SET jobs = jobs + excluded.jobs",
+                        [(*key, change) for key, change in changes.items() if change])
                 connection.execute("COMMIT")
             except BaseException:
                 if connection.in_transaction:
@@ -1648,14 +1592,6 @@ class Store:
         for host, at in transaction.callbacks:
             self.on_callback_due(host, at)
 
-    def _note_trouble(self, trouble: str) -> None:
-        """Log that the disk fell ill or recovered: once, not for each write."""
-        if trouble and not self._trouble:
-            log.error("the database cannot be written: %s; submissions are answered 503 until it can", trouble)
-        elif self._trouble and not trouble:
-            log.warning("the database can be written again")
-        self._trouble = trouble
-
     # -- reading
 
     def _read(self, statement: str, values: Sequence[Any] = ()) -> List[Any]:
@@ -1665,14 +1601,16 @@ class Store:
             except sqlite3.OperationalError as error:
                 raise Unavailable(f"The database cannot be read ({error}); try again.") from None
 
+    def _read_jobs(self, condition: str, values: Sequence[Any] = (), columns: str = WHOLE) -> List[Job]:
+        return _make_jobs(self._read(_SELECT[columns] + condition, values), self._read)
+
     def get_job(self, job_id: str, columns: str = WHOLE) -> Optional[Job]:
         """Return the job, or None. ``columns``: WHOLE, RESULT or LIGHT."""
-        rows = self._read(_SELECT[columns] + "WHERE job_id = ?", (job_id,))
-        return next(iter(_make_jobs(rows, self._read)), None)
+        return next(iter(self._read_jobs("WHERE job_id = ?", (job_id,), columns)), None)
 
     def get_light_jobs(self, seqs: Iterable[int]) -> List[Job]:
         """Return the jobs with these numbers that are still there, without their ``sent_data`` and ``data``."""
-        return [Job._make(row) for seq in seqs for row in self._read(_SELECT[LIGHT] + "WHERE seq = ?", (seq,))]
+        return [job for seq in seqs for job in self._read_jobs("WHERE seq = ?", (seq,), LIGHT)]
 
     def get_logs(self, job: Job, limit: Optional[int] = None) -> List[LogLine]:
         """Return the job's log, oldest first; with ``limit`` only the newest lines, newest first."""
@@ -1680,17 +1618,13 @@ class Store:
         rows = self._read(f"SELECT {_LOG_COLUMNS} FROM logs WHERE seq = ? ORDER BY log_id {order}", values)
         return list(map(LogLine._make, rows))
 
-    def list_newest_logs(self, seq: int, limit: int, levels: Sequence[str] = ()) -> List[Tuple[int, LogLine]]:
-        """Return (log id, line) of the job's newest lines, newest first, of all levels or only these."""
+    def list_logs(self, seq: int, limit: int, after_log_id: Optional[int] = None, levels: Sequence[str] = (),
+                  ) -> List[Tuple[int, LogLine]]:
+        """Return (log id, line) of lines after that id, oldest first, or the newest first; all or only these levels."""
         level = f"AND level IN ({', '.join('?' * len(levels))})" if levels else ""
-        return self._list_logs(f"{level} ORDER BY log_id DESC LIMIT ?", (seq, *levels, limit))
-
-    def list_new_logs(self, seq: int, after_log_id: int, limit: int) -> List[Tuple[int, LogLine]]:
-        """Return (log id, line) of the job's lines after that id, oldest first."""
-        return self._list_logs("AND log_id > ? ORDER BY log_id LIMIT ?", (seq, after_log_id, limit))
-
-    def _list_logs(self, condition: str, values: Sequence[Any]) -> List[Tuple[int, LogLine]]:
-        rows = self._read(f"SELECT log_id, {_LOG_COLUMNS} FROM logs WHERE seq = ? {condition}", values)
+        order = "DESC" if after_log_id is None else ""
+        rows = self._read(f"SELECT log_id, {_LOG_COLUMNS} FROM logs WHERE seq = ? {level} AND log_id > ? "
+                          f"ORDER BY log_id {order} LIMIT ?", (seq, *levels, after_log_id or 0, limit))
         return [(row[0], LogLine._make(row[1:])) for row in rows]
 
     def list_jobs(self, limit: int, offset: int = 0, status: Optional[str] = None,
@@ -1714,12 +1648,10 @@ class Store:
                       ] * (len(metadata) - 1)
         if status in _IN_STATE:
             where.append(_IN_STATE[status])
-        elif status is not None:
-            where.append("j.status = ?")
-            values.append(status)
-        for column, value in (("j.job_type =", job_type), (f"{seq} <", before_seq)):
+            status = None
+        for comparison, value in (("j.status = ?", status), ("j.job_type = ?", job_type), (f"{seq} < ?", before_seq)):
             if value is not None:
-                where.append(f"{column} ?")
+                where.append(comparison)
                 values.append(value)
         condition = "WHERE " + " AND ".join(where) if where else ""
         return self._read(f"SELECT j.seq, j.job_id FROM {table} {condition} ORDER BY {seq} DESC LIMIT ? OFFSET ?",
@@ -1734,8 +1666,8 @@ class Store:
 
     def count_by_hour(self, since_hour: int) -> Dict[Tuple[int, str], int]:
         """Return how many jobs finished by (hour, status), from that hour on; hours since 1970."""
-        rows = self._read("SELECT hour, status, jobs FROM hours WHERE hour >= ?", (since_hour,))
-        return {(hour, status): jobs for hour, status, jobs in rows}
+        return {row[:2]: row[2] for row in self._read(
+            "SELECT hour, status, jobs FROM hours WHERE hour >= ?", (since_hour,))}
 
     def count_jobs(self) -> Dict[str, int]:
         """Return how many jobs are pending, complete and error, at constant cost."""
@@ -1754,8 +1686,7 @@ class Store:
         return float(run_at) if run_at > AFTER_STOP else epoch_seconds(requested or "")
 
     def list_running(self) -> List[Job]:
-        return _make_jobs(self._read(
-            f"{_SELECT[WHOLE]} INDEXED BY jobs_running WHERE {_IN_STATE[RUNNING]} ORDER BY seq"), self._read)
+        return self._read_jobs(f"INDEXED BY jobs_running WHERE {_IN_STATE[RUNNING]} ORDER BY seq")
 
     def list_callback_hosts(self) -> List[Tuple[str, float]]:
         """Return (host, earliest epoch seconds) for every host that a callback is due to, now or later."""
@@ -1768,20 +1699,17 @@ class Store:
 
     def list_due_callbacks(self, host: str, limit: int) -> List[Job]:
         """Return the jobs whose callback goes to ``host``, the earliest due first, due or not."""
-        return _make_jobs(self._read(
-            _SELECT[WHOLE] + "WHERE callback_at IS NOT NULL AND callback_host = ? ORDER BY callback_at LIMIT ?",
-            (host, limit)), self._read)
+        return self._read_jobs(
+            "WHERE callback_at IS NOT NULL AND callback_host = ? ORDER BY callback_at LIMIT ?", (host, limit))
 
     # -- waiting
 
     @contextmanager
     def watch(self, job_id: str) -> Iterator[threading.Event]:
-        """Give an event that the writer sets when the job has changed, and ``release`` for good."""
+        """Give an event that is set when the job has changed; look at ``is_released`` before you wait."""
         event = threading.Event()
         with self._lock:
             self._watchers.setdefault(job_id, set()).add(event)
-        if self.is_released:
-            event.set()
         try:
             yield event
         finally:
@@ -1806,17 +1734,11 @@ class Store:
             while True:
                 changed.clear()
                 job = self.get_job(job_id)
-                if job is None or is_ready(job) or self.is_released:
-                    return job
-                if not changed.wait(deadline - time.monotonic()):
+                is_done = job is None or is_ready(job) or self.is_released
+                if is_done or not changed.wait(deadline - time.monotonic()):
                     return job
 
     # -- the lifecycle
-
-    def take_seq(self) -> int:
-        """Return the number of a new job: higher than all before, never used twice by one process."""
-        seq: int = next(self._next_seq)
-        return seq
 
     def add_job(self, job: Job, is_new_id: bool = False, begin: Optional[Callable[[Job], Any]] = None) -> Write:
         """Store a new job, without waiting. The Write raises Conflict if its id is taken.
@@ -1835,36 +1757,28 @@ class Store:
         Only for an id made by the service: nobody else can have it, or know it yet.
         """
         due = time.monotonic() + HOLD_SECONDS + len(job.sent_data or "") * HOLD_SECONDS_PER_CHARACTER
-        self._held[job.seq] = Held(job, run, due)
+        self._held[job.seq] = (job, run, due)
         if self._is_idle:
             self._queue.put(_WAKE)
 
     def store_held_job(self, seq: int) -> None:
-        held = self._held.get(seq)
-        if held is not None:
-            write = self._insert_held(held)
-            self._enqueue(write.operation).wait()
+        if seq in self._held:
+            self._write(functools.partial(self._insert_held, seq))
 
-    def _insert_held(self, held: Held) -> Write:
-        """Return the write that stores a held job and its output."""
-        job, run, _ = held
-
-        def operation(transaction: Transaction) -> None:
-            if self._held.get(job.seq) is held and job.seq not in transaction.inserted:
-                _insert_job(transaction, job)
-                _insert_output(transaction, run)
-                transaction.on_commit.append(stored)
+    def _insert_held(self, seq: int, transaction: Transaction) -> None:
+        """Store a held job and its output, unless it has ended or was stored meanwhile."""
+        if seq not in self._held or seq in transaction.inserted:
+            return
+        job, run, _ = self._held[seq]
+        _insert_job(transaction, job)
+        _insert_output(transaction, run)
 
         def stored() -> None:
-            self._held.pop(job.seq, None)
+            del self._held[seq]
             if run.has_output:  # announced meanwhile, and left to this write
                 with suppress(Unavailable):
                     self.save_output(run)
-
-        def refused() -> None:
-            if job.seq in self._held:
-                self._held[job.seq] = held._replace(due=time.monotonic() + 1.0)
-        return Write(operation, refused)
+        transaction.on_commit.append(stored)
 
     def save_output(self, run: Run, refused: Optional[Callable[[], None]] = None) -> None:
         """Store the run's log and progress, without waiting; ``refused`` is called if the disk cannot take them."""
@@ -1872,11 +1786,9 @@ class Store:
             return  # it is stored with the job
 
         def operation(transaction: Transaction) -> None:
-            if transaction.execute("SELECT 1 FROM jobs WHERE seq = ?", (run.seq,)).fetchone():
-                _insert_output(transaction, run)
-                transaction.touched.add(run.job_id)
-            else:  # deleted
-                _take_output(transaction, run)
+            row = transaction.execute("SELECT 1 FROM jobs WHERE seq = ?", (run.seq,)).fetchone()
+            _insert_output(transaction, run, is_deleted=row is None)
+            transaction.touched.add(run.job_id)
         self._enqueue(operation, refused)
 
     def claim_jobs(self, limit: int, now: float, is_calm: Callable[[], bool], begin: Callable[[Job], Any]) -> Claim:
@@ -1895,7 +1807,7 @@ class Store:
         def operation(transaction: Transaction) -> Claim:
             rows = transaction.execute(
                 _SELECT[WHOLE] + "WHERE run_at IS NOT NULL ORDER BY run_at, seq LIMIT ?", (limit + 1,))
-            waiting = _make_jobs(rows, transaction.execute, is_current=True)
+            waiting = _make_jobs(rows, transaction.execute)
             is_suspect = bool(waiting) and waiting[0].is_suspect
             due = list(itertools.takewhile(is_due, waiting[:limit]))
             if is_suspect and is_calm():
@@ -1932,7 +1844,7 @@ class Store:
         def operation(transaction: Transaction) -> Optional[Job]:
             if job.seq in self._held and job.seq not in transaction.inserted:
                 _insert_job(transaction, ended, counted_as=PENDING, is_plain=run is not None and not run.has_output)
-                transaction.on_commit.append(lambda: self._held.pop(job.seq, None) and None)
+                transaction.on_commit.append(functools.partial(self._held.pop, job.seq))
             elif not _update_ended(transaction, ended, job.state):
                 return None
             if run is not None:
@@ -1940,10 +1852,9 @@ class Store:
             if ended.status == PENDING:
                 transaction.has_queued = True
             else:
-                transaction.count(job.job_type, PENDING, -1)
-                transaction.count(job.job_type, ended.status, 1)
-                hour = int(now // 3600)
-                transaction.hours[hour, ended.status] = transaction.hours.get((hour, ended.status), 0) + 1
+                transaction.counts[job.job_type, PENDING] -= 1
+                transaction.counts[job.job_type, ended.status] += 1
+                transaction.hours[int(now // 3600), ended.status] += 1
                 if job.callback_host is not None:
                     transaction.callbacks.append((job.callback_host, now))
             transaction.touched.add(job.job_id)
@@ -1990,7 +1901,7 @@ class Store:
                 return None
             transaction.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
             deleted = Job._make(row)
-            transaction.count(job.job_type, deleted.status, -1)
+            transaction.counts[job.job_type, deleted.status] -= 1
             transaction.touched.add(job.job_id)
             return deleted
         return self._write(operation)
@@ -2003,7 +1914,7 @@ class Store:
                 ORDER BY finished_timestamp LIMIT ?""", (before, CLEAR_SLICE)).fetchall()
             transaction.executemany("DELETE FROM jobs WHERE seq = ?", [(row[0],) for row in rows])
             for _, job_type, status, job_id in rows:
-                transaction.count(job_type, status, -1)
+                transaction.counts[job_type, status] -= 1
                 transaction.touched.add(job_id)
             return len(rows)
         deleted = part = self._write(operation)
@@ -2038,12 +1949,6 @@ class Store:
 _WAKE = Write(lambda transaction: None)  # makes the writer look at what is held
 
 
-def _as_refusal(error: Any) -> Exception:
-    """Return what a caller gets for its operation's error: a ValueError if SQLite cannot store a value."""
-    is_value = isinstance(error, (sqlite3.Error, OverflowError, UnicodeError))
-    return ValueError(f"It cannot be stored: {error}") if is_value else error
-
-
 def _insert_job(transaction: Transaction, job: Job, counted_as: str = "", is_plain: bool = False) -> None:
     """Insert the job with its metadata; raise Conflict if its id is taken.
 
@@ -2054,7 +1959,7 @@ def _insert_job(transaction: Transaction, job: Job, counted_as: str = "", is_pla
         transaction.plain_jobs.append(row)
     else:
         try:
-            transaction.execute(_INSERT_JOB, row)
+            transaction.execute(_INSERT_JOBS[1], row)
         except sqlite3.IntegrityError:
             raise Conflict(f"job_id {job.job_id} already exists") from None
     _insert_large(transaction, job.seq, large)
@@ -2063,7 +1968,7 @@ def _insert_job(transaction: Transaction, job: Job, counted_as: str = "", is_pla
             (job.job_id, key, value, "string", job.seq) if isinstance(value, str) else
             (job.job_id, key, to_json(value), "json", job.seq) for key, value in json.loads(job.metadata).items()])
     transaction.inserted.add(job.seq)
-    transaction.count(job.job_type, counted_as or job.status, 1)
+    transaction.counts[job.job_type, counted_as or job.status] += 1
     transaction.touched.add(job.job_id)
     transaction.has_queued = transaction.has_queued or job.run_at is not None
 
@@ -2072,9 +1977,12 @@ def _update_ended(transaction: Transaction, job: Job, old_state: str) -> bool:
     """Write how an attempt ended; return False if the job was not in that state (and attempt) any more."""
     row, large = _set_apart(job)
     large.pop("sent_data", None)  # stored with the submission
-    count = transaction.execute(_END_ATTEMPT[old_state], (
-        row.status, row.data, row.error, row.finished_timestamp, row.progress, row.run_at, row.crashes, row.failures,
-        row.callback_status, row.callback_at, row.api_key, row.seq, row.attempts)).rowcount
+    count = transaction.execute(
+        f"""UPDATE jobs SET status = ?, data = ?, error = ?, finished_timestamp = ?, progress = ?, run_at = ?,
+        crashes = ?, failures = ?, callback_status = ?, callback_at = ?, api_key = ?
+        WHERE seq = ? AND attempts = ? AND {_IN_STATE[old_state]}""", (
+            row.status, row.data, row.error, row.finished_timestamp, row.progress, row.run_at, row.crashes,
+            row.failures, row.callback_status, row.callback_at, row.api_key, row.seq, row.attempts)).rowcount
     if count:
         _insert_large(transaction, job.seq, large)
     return count > 0
@@ -2083,23 +1991,21 @@ def _update_ended(transaction: Transaction, job: Job, old_state: str) -> bool:
 def _set_apart(job: Job) -> Tuple[Job, Dict[str, Union[str, bytes]]]:
     large = {name: value for name, value in (("sent_data", job.sent_data), ("data", job.data))
              if value is not None and len(value) >= LARGE_CHARACTERS}
-    return job._replace(**dict.fromkeys(large, _APART)) if large else job, large  # type: ignore[arg-type]
+    return job._replace(**dict.fromkeys(large, "")) if large else job, large  # type: ignore[arg-type]
 
 
-def _make_jobs(rows: Iterable[Sequence[Any]], read: Callable[[str, Sequence[Any]], Iterable[Any]],
-               is_current: bool = False) -> List[Job]:
+def _make_jobs(rows: Iterable[Sequence[Any]],
+               read: Callable[[str, Sequence[Any]], Iterable[Sequence[Any]]]) -> List[Job]:
     """Return the jobs of the rows, without those deleted meanwhile; ``read`` gives the rows of a statement.
 
-    Large values are read one after the other, so that there is only one copy. If one is missing although nothing can
-    have been deleted (``is_current``), the file is damaged: that job fails when it reads its input.
+    Large values are read one after the other, so that there is only one copy.
     """
     jobs = []
     for job in map(Job._make, rows):
-        apart = [name for name, value in (("sent_data", job.sent_data), ("data", job.data))
-                 if isinstance(value, str) and value == _APART]
-        found: Dict[str, Any] = {name: value for name in apart for value, in read(
+        apart = [name for name in ("sent_data", "data") if getattr(job, name) == ""]  # no JSON text: in ``large``
+        found: Dict[str, Any] = {name: value for name in apart for (value,) in read(
             "SELECT value FROM large WHERE seq = ? AND name = ?", (job.seq, name))}
-        if is_current or len(found) == len(apart):
+        if len(found) == len(apart):
             jobs.append(job._replace(**found) if found else job)
     return jobs
 
@@ -2113,27 +2019,19 @@ def _insert_large(transaction: Transaction, seq: int, values: Mapping[str, Union
                 transaction.execute(_INSERT_LARGE, (None, None, None))
 
 
-def _insert_output(transaction: Transaction, run: Run) -> None:
-    """Insert the run's log lines and write its progress, as far as this transaction has not done so before."""
+def _insert_output(transaction: Transaction, run: Run, is_deleted: bool = False) -> None:
+    """Store (or drop) the run's log lines and progress, as far as this transaction has not done so before."""
     if not run.has_output:
         return
-    output = _take_output(transaction, run)
-    for begin in range(0, len(output.lines), _LINE_ROWS[-1]):
-        lines = output.lines[begin:begin + _LINE_ROWS[-1]]
-        rows = next(rows for rows in _LINE_ROWS if rows >= len(lines))  # one statement, filled up and cut by LIMIT:
-        padding = (0,) * (6 * (rows - len(lines)))  # each statement hands the interpreter's lock over
-        transaction.execute(_INSERT_LINES[rows], (
-            run.job_id, run.seq, *itertools.chain.from_iterable(lines), *padding, len(lines)))
+    output = run.peek(transaction.taken[run])
+    transaction.taken[run] += len(output.lines)
+    transaction.on_commit.append(lambda: run.drop(output))
+    if is_deleted:
+        return
+    transaction.insert_rows(_INSERT_LINES, [(run.job_id, run.seq, *line) for line in output.lines])
     if output.progress is not None:
         transaction.execute(f"UPDATE jobs SET progress = ? WHERE seq = ? AND attempts = ? AND {_IN_STATE[RUNNING]}",
                             (output.progress, run.seq, run.attempt))
-
-
-def _take_output(transaction: Transaction, run: Run) -> Output:
-    output = run.peek(transaction.taken.get(run, 0))
-    transaction.taken[run] = transaction.taken.get(run, 0) + len(output.lines)
-    transaction.on_commit.append(lambda: run.drop(output))
-    return output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -5198,11 +5096,11 @@ class Service:
                     events: Dict[str, Any] = {"stats": self._count_states()}
                 else:
                     now = next(iter(self.store.get_light_jobs([job.seq])), None)  # before the log, which ends with it
-                    lines = self.store.list_new_logs(job.seq, log_id, MAX_EVENT_LINES)
+                    lines = self.store.list_logs(job.seq, MAX_EVENT_LINES, log_id)
                     while lines:
                         yield b"".join(render_event("log", line._asdict(), number) for number, line in lines)
                         log_id = lines[-1][0]
-                        lines = self.store.list_new_logs(job.seq, log_id, MAX_EVENT_LINES)
+                        lines = self.store.list_logs(job.seq, MAX_EVENT_LINES, log_id)
                     events, is_over = _job_events(now), now is None or now.status != PENDING
                 for name, value in events.items():
                     if value != sent.get(name):
@@ -5237,7 +5135,7 @@ class Service:
         due_since, states = self.store.get_longest_due(), self._count_states()
         by_type = [((("job_type", job_type), ("status", status)), jobs)
                    for (job_type, status), jobs in sorted(self.store.count_by_type().items())]
-        build = (("version", __version__), ("python", sys.version.split()[0]), ("sqlite", sqlite_version()))
+        build = (("version", __version__), ("python", sys.version.split()[0]), ("sqlite", SQLITE_VERSION))
         gauges: Sequence[Tuple[str, str, Sequence[Tuple[Labels, float]]]] = (
             ("csp_build_info", "What runs here.", [(build, 1)]),
             ("process_start_time_seconds", "When the service started (seconds since 1970).",
@@ -5286,8 +5184,8 @@ class Service:
 
     def job_page(self, request: Request, job: Job) -> Response:
         level = dict(request.query).get("level", "")
-        newest = self.store.list_newest_logs(job.seq, 1)
-        lines = self.store.list_newest_logs(job.seq, PAGE_LINES, LEVELS.get(level, ()))
+        newest = self.store.list_logs(job.seq, 1)
+        lines = self.store.list_logs(job.seq, PAGE_LINES, levels=LEVELS.get(level, ()))
         return job_page(self._viewer(request), job, [line for _, line in lines], newest[0][0] if newest else 0, level,
                         time.time())
 

@@ -2294,25 +2294,17 @@ def fill(path, count):
         connection.execute("COMMIT")
 
 
-def observe(store, call):
-    """Call ``call()``; return the statements that it read with, and how many steps of SQLite's machine they took."""
-    statements, steps = [], [0]
-
-    def step():
-        steps[0] += 1
-
+def count_steps(store, call):
+    """Call ``call(store)``; return how many steps of SQLite's machine its reading took."""
+    steps = []
     connections = [store._readers.get() for _ in range(store._readers.qsize())]
     for connection in connections:
-        connection.set_trace_callback(statements.append)
-        connection.set_progress_handler(step, 1)
+        connection.set_progress_handler(lambda: steps.append(1), 1)
         store._readers.put(connection)
-    call()
-    for _ in connections:
-        connection = store._readers.get()
-        connection.set_trace_callback(None)
+    call(store)
+    for connection in connections:
         connection.set_progress_handler(None, 1)
-        store._readers.put(connection)
-    return [statement for statement in statements if not statement.startswith("--")], steps[0]
+    return len(steps)
 
 
 def counted(path):
@@ -2364,34 +2356,33 @@ def schema_of(path):
     return [row for row in rows if "apscheduler" not in row[2]]
 
 
-PREDECESSOR = (
-    """CREATE TABLE jobs (job_id TEXT NOT NULL, job_type TEXT, status TEXT, data TEXT, error TEXT,
-        requested_timestamp DATETIME, finished_timestamp DATETIME, sent_data TEXT, result_url TEXT, api_key TEXT,
-        job_key TEXT, PRIMARY KEY (job_id))""",
-    """CREATE TABLE metadata (job_id TEXT NOT NULL, key TEXT NOT NULL, value TEXT, type TEXT,
-        PRIMARY KEY (job_id, key), FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE)""",
-    """CREATE TABLE logs (job_id TEXT NOT NULL, timestamp DATETIME, message TEXT, level TEXT, module TEXT,
-        "funcName" TEXT, lineno INTEGER, FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE)""",
-    """CREATE TABLE apscheduler_jobs (id VARCHAR(191) NOT NULL, next_run_time FLOAT, job_state BLOB NOT NULL,
-        PRIMARY KEY (id))""",
-    "CREATE INDEX ix_apscheduler_jobs_next_run_time ON apscheduler_jobs (next_run_time)",
-    "INSERT INTO apscheduler_jobs VALUES ('id', 1.5, x'7069636b6c65')",
-    """INSERT INTO jobs VALUES
-        ('pending-1', 'echo', 'pending', NULL, NULL, '2024-03-01 00:00:01.000000', NULL, '"hello"', NULL, 'api-key-1',
-            'key-of-pending-1'),
-        ('pending-2', 'async_echo', 'pending', NULL, NULL, '2024-03-01 00:00:02.000000', NULL, '">x"', NULL,
-            'api-key-2', 'key-of-pending-2'),
-        ('bare', 'echo', 'complete', NULL, NULL, '2024-02-01 00:00:00', NULL, NULL, NULL, NULL, NULL),
-        ('failed', 'echo', 'error', NULL, '{"message": "Exception: ü", "HTTP status code": 500}',
-            '2024-02-02 00:00:00.000000', '2024-02-02 00:00:01.000000', '1', 'http://127.0.0.1:1/', NULL,
-            'key-of-failed'),
-        ('done', 'echo', 'complete', '{"rows": [1, "\\u00fc"]}', NULL, '2024-01-02 03:04:05.000678',
-            '2024-01-02 03:04:06', '{"a": [1, "\\u00fc"]}', NULL, NULL, 'key-of-done')""",
-    """INSERT INTO metadata VALUES ('done', 'kind', 'a text', 'string'), ('done', 'size', '17', 'json'),
-        ('done', 'list', '["\\u00fc", null]', 'json')""",
-    """INSERT INTO logs VALUES ('done', '2024-01-02 03:04:05.700000', 'first', 'INFO', 'jobs', 'echo', 7),
-        ('done', '2024-01-02 03:04:06', NULL, 'ERROR', 'jobs', 'echo', 8)""",
-)
+# What ckanserviceprovider 1.2.0 left behind when it was killed: sqlite3's .dump of its database
+PREDECESSOR = r"""
+PRAGMA foreign_keys=OFF;
+BEGIN TRANSACTION;
+CREATE TABLE jobs (job_id TEXT NOT NULL, job_type TEXT, status TEXT, data TEXT, error TEXT,
+    requested_timestamp DATETIME, finished_timestamp DATETIME, sent_data TEXT, aps_job_id TEXT, result_url TEXT, api_key TEXT, job_key TEXT, PRIMARY KEY (job_id));
+INSERT INTO jobs VALUES('ok','echo','complete','">hi"',NULL,'2026-11-23 20:29:00.026358','2026-11-23 20:29:00.040047','"hi"',NULL,NULL,NULL,'key-ok');
+INSERT INTO jobs VALUES('bad','echo','error',NULL,'{"message": "do not start message with >"}','2026-11-23 20:29:00.058037','2026-11-23 20:29:00.059858','">hi"',NULL,NULL,NULL,'09ff670b-e43d-460d-895a-d62cacd867e1');
+INSERT INTO jobs VALUES('worse','echo','error',NULL,'{"message": "  File \"main.py\", line 11, in echo\n    if input[''data''].startswith(''#''): raise Exception(''serious exception'')\nException(''serious exception'')"}','2026-11-23 20:29:00.074983','2026-11-23 20:29:00.076859','"#x"',NULL,NULL,NULL,'df6f2943-c8e7-4021-b4a7-a581ef5cada4');
+INSERT INTO jobs VALUES('quick','quick','complete','{"a": [1, null, "\u00e4"]}','{"message": "Process completed but unable to post to result_url"}','2026-11-23 20:29:00.096112','2026-11-23 20:29:00.106174','{"q": 1}','3bd9fdf525f946f29ca899c2969e9cef','http://127.0.0.1:9/x','k4','86263f31-4f44-4c3a-b00e-176ba56bebd8');
+INSERT INTO jobs VALUES('slow','slow','pending',NULL,NULL,'2026-11-23 20:29:00.116789',NULL,'{"q": 1}','2b13724d82844edb97bc0c347dc6f307','http://127.0.0.1:8166/cb','X-Key: k5','4ce9acda-3c8a-4199-979f-243f97764f37');
+INSERT INTO jobs VALUES('nodata','quick','pending',NULL,NULL,'2026-11-23 20:29:00.137526',NULL,'{}','77bf8370854f4d0aa77ae97f1ccefa6f',NULL,'k6','c45a4ad0-2a28-4469-9832-dfb1e1081f4c');
+CREATE TABLE metadata (job_id TEXT NOT NULL, "key" TEXT NOT NULL, value TEXT, type TEXT, PRIMARY KEY (job_id, "key"), FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE);
+INSERT INTO metadata VALUES('ok','mimetype','text/plain','string');
+INSERT INTO metadata VALUES('ok','n','5','json');
+INSERT INTO metadata VALUES('ok','list','[1, "x"]','json');
+INSERT INTO metadata VALUES('ok','s','5','string');
+INSERT INTO metadata VALUES('slow','ckan_url','http://x/','string');
+CREATE TABLE logs (job_id TEXT NOT NULL, timestamp DATETIME, message TEXT, level TEXT, module TEXT, "funcName" TEXT, lineno INTEGER, FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE);
+INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.031276','a line','INFO','main','echo',12);
+INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.035805','another ä','WARNING','main','echo',12);
+CREATE TABLE apscheduler_jobs (id VARCHAR(191) NOT NULL, next_run_time FLOAT, job_state BLOB NOT NULL, PRIMARY KEY (id));
+CREATE INDEX ix_jobs_status ON jobs (status);
+CREATE INDEX ix_metadata_value ON metadata (value);
+CREATE INDEX ix_apscheduler_jobs_next_run_time ON apscheduler_jobs (next_run_time);
+COMMIT;
+"""  # noqa: E501 - a dump as it is
 FIRST_EDITION = """
     PRAGMA journal_mode = WAL;
     BEGIN;
@@ -2449,9 +2440,11 @@ FIRST_EDITION = """
     """
 
 
-def make_predecessor(path):
-    """Make a database as the predecessor leaves it: five jobs, two of them pending, and its scheduler's table."""
-    make_database(path, *PREDECESSOR)
+def make_predecessor(path, *statements):
+    """Make a database as the predecessor left it: six jobs, two of them pending; then execute the statements."""
+    with opened(path) as connection:
+        connection.executescript(PREDECESSOR)
+    make_database(path, *statements)
 
 
 class TestOpening:
@@ -2518,7 +2511,7 @@ class TestOpening:
 
     @pytest.mark.parametrize("sentence, content", [
         ("not a database", b"This is a text, and longer than a header." * 100), ("not a database", b"A note.\n"),
-        ("not a database that can be read", b"SQLite format 3\0" + b"\xff" * 4080),
+        ("not a database", b"SQLite format 3\0" + b"\xff" * 4080),
         ("another program", ["CREATE TABLE songs (title)"]),
         ("another program", ["CREATE TABLE jobs (job_id, salary)", "PRAGMA user_version = 1"]),
         ("another program", ["PRAGMA journal_mode = WAL", "CREATE TABLE songs (title)"]),
@@ -2570,7 +2563,7 @@ class TestOpening:
         schema, content = schema_of(path), dump(path)
         with stored_in(path) as store:
             assert store.take_seq() == 6
-            assert [log_id for log_id, _ in store.list_new_logs(3, 0, 10)] == [1, 9]  # clients know them as event ids
+            assert [log_id for log_id, _ in store.list_logs(3, 10, 0)] == [1, 9]  # clients know them as event ids
         csp.Store(str(tmp_path / "new.db")).close()
         assert dump(path) == content and schema == schema_of(tmp_path / "new.db")
         service = start()
@@ -2608,25 +2601,23 @@ class TestOpening:
         assert rows_of(path, "PRAGMA user_version") == [(version + 2,)]
         assert rows_of(path, "SELECT one, two FROM jobs LIMIT 1") == [(None, None)]
 
-    def test_a_pending_job_of_the_predecessor_whose_type_is_gone_ends_as_an_error(self, start, tmp_path):
-        make_predecessor(tmp_path / "jobs.db")
-        make_database(tmp_path / "jobs.db", """INSERT INTO jobs (job_id, job_type, status, job_key)
-            VALUES ('no-type', NULL, 'pending', 'k'), ('old-type', 'push_to_datastore', 'pending', 'k')""")
+    def test_missing_values_and_types_in_the_predecessors_file_are_borne(self, start, tmp_path):
+        make_predecessor(
+            tmp_path / "jobs.db", "INSERT INTO logs (job_id, timestamp) VALUES ('ok', '2026-11-23 20:29:01')",
+            """INSERT INTO jobs (job_id, job_type, status, job_key) VALUES ('no-type', NULL, 'pending', 'k'),
+            ('old-type', 'push_to_datastore', 'pending', 'k'), ('bare', 'echo', 'complete', NULL)""")
         client = start().client
-        first, second, *others = (eventually(lambda name=name: finished(client, name))
-                                  for name in ("pending-1", "pending-2", "no-type", "old-type"))
-        assert (first["status"], first["data"], first["sent_data"]) == ("complete", ">hello", "hello")
-        assert second["error"] == {"message": "do not start message with >"}
-        assert all("not available" in job["error"]["message"] for job in others)
+        for name in ("slow", "nodata", "no-type", "old-type"):
+            assert "not available" in eventually(lambda name=name: finished(client, name))["error"]["message"]
         assert set(show(client, "bare")) == SHOWN_FIELDS  # its columns are NULL
         assert [show(client, "bare")[name] for name in ("sent_data", "data", "metadata")] == [{}, None, {}]
-        assert [line["message"] for line in show(client, "done")["logs"]] == ["first", ""]
-        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 3, "error": 4}
-        assert rows_of(tmp_path / "jobs.db", "SELECT count(*) FROM jobs WHERE api_key IS NOT NULL") == [(0,)]
+        assert messages(show(client, "ok")) == ["a line", "another ä", ""]
+        assert show(client, "ok")["logs"][2]["timestamp"] == "2026-11-23T20:29:01.000000"
+        assert client.get("/status").json["stats"] == {"pending": 0, "complete": 3, "error": 6}
 
     def test_a_database_is_taken_over_once_and_the_tables_of_others_stay(self, tmp_path):
         path = tmp_path / "jobs.db"
-        make_predecessor(path)
+        make_predecessor(path, "INSERT INTO apscheduler_jobs VALUES ('id', 1.5, x'7069636b6c65')")
         csp.Store(str(path)).close()
         before = dump(path)
         csp.Store(str(path)).close()
@@ -2657,8 +2648,7 @@ class TestOpening:
         "CREATE INDEX metadata_by_value ON apscheduler_jobs (id)", "ALTER TABLE logs RENAME COLUMN level TO height"])
     def test_a_takeover_that_fails_leaves_everything_as_it_was(self, tmp_path, obstacle):
         path = tmp_path / "jobs.db"
-        make_predecessor(path)
-        make_database(path, obstacle)
+        make_predecessor(path, obstacle)
         before = dump(path)
         with pytest.raises(csp.StartError, match=r"The database .+ cannot be opened: .+\."):
             csp.Store(str(path))
@@ -2675,31 +2665,22 @@ READS = {
     "list by metadata": lambda store: store.list_jobs(20, metadata=[("third", "1")]),
     "list by common metadata": lambda store: store.list_jobs(20, metadata=[("all", "same")]),
     "list by two metadata": lambda store: store.list_jobs(20, metadata=[("third", "1"), ("all", "same")]),
-    "list by metadata and status": lambda store: store.list_jobs(20, metadata=[("third", "1")], status="error"),
     "list by unknown metadata": lambda store: store.list_jobs(20, metadata=[("no", "such")]),
-    "list by unknown status": lambda store: store.list_jobs(20, status="no such"),
     "list before": lambda store: store.list_jobs(20, before_seq=350),
-    "list before by status": lambda store: store.list_jobs(20, status="error", before_seq=350),
-    "list before by metadata": lambda store: store.list_jobs(20, metadata=[("third", "1")], before_seq=350),
     "list before by both": lambda store: store.list_jobs(20, metadata=[("third", "1")], status="error", before_seq=350),
     "list by type": lambda store: store.list_jobs(20, job_type="work"),
     "list by type and offset": lambda store: store.list_jobs(20, offset=15, job_type="work"),
-    "list by type before": lambda store: store.list_jobs(20, job_type="work", before_seq=350),
-    "list by type and status": lambda store: store.list_jobs(20, job_type="work", status="error"),
     "list by type and status before": lambda store: store.list_jobs(20, 0, "error", (), 350, "work"),
     "list by unknown type": lambda store: store.list_jobs(20, job_type="no such"),
     "list by type and queued": lambda store: store.list_jobs(20, job_type="work", status="queued"),
     "list by metadata and type": lambda store: store.list_jobs(20, metadata=[("third", "1")], job_type="work"),
-    "list by queued": lambda store: store.list_jobs(20, status="queued"),
-    "list by running": lambda store: store.list_jobs(20, status="running"),
     "list by running and type": lambda store: store.list_jobs(20, status="running", job_type="work"),
     "list running": lambda store: store.list_running(),
     "list callback hosts": lambda store: store.list_callback_hosts(),
     "list due callbacks": lambda store: store.list_due_callbacks("host-1", 5),
-    "list new logs": lambda store: store.list_new_logs(300, 600, 20),
-    "list no new logs": lambda store: store.list_new_logs(300, 10**9, 20),
+    "list new logs": lambda store: store.list_logs(300, 20, 600),
+    "list no new logs": lambda store: store.list_logs(300, 20, 10**9),
     "find": lambda store: store.find_jobs("job-3", 20), "find nothing": lambda store: store.find_jobs("zzz", 20),
-    "find all": lambda store: store.find_jobs("", 20),
     "light jobs": lambda store: store.get_light_jobs([300, 5, 10**9]),
     "get job": lambda store: store.get_job("job-300"), "get no job": lambda store: store.get_job("no such job"),
     "get logs": lambda store: store.get_logs(store.get_job("job-300")),
@@ -2713,11 +2694,8 @@ LISTS = [  # what is asked for, and the numbers of the jobs found, of thirty
     ({"status": "error"}, lambda n: n % 5 == 4),
     ({"metadata": [("k", "v")]}, lambda n: n % 2 == 0),
     ({"job_type": "a"}, lambda n: n % 3 == 0),
-    ({"job_type": "b"}, lambda n: n % 3 == 1),
     ({"job_type": "no such"}, lambda n: False),
     ({"job_type": "a", "status": "pending"}, lambda n: n % 3 == 0 and n % 5 < 3),
-    ({"job_type": "a", "status": "complete"}, lambda n: n % 3 == 0 and n % 5 == 3),
-    ({"job_type": "b", "status": "error"}, lambda n: n % 3 == 1 and n % 5 == 4),
     ({"status": "running"}, lambda n: n % 5 == 2),
     ({"status": "queued"}, lambda n: n % 5 < 2),
     ({"job_type": "a", "status": "running"}, lambda n: n % 3 == 0 and n % 5 == 2),
@@ -2805,7 +2783,7 @@ class TestStore:
 
     @pytest.mark.parametrize("name", READS)
     def test_reading_costs_the_same_however_many_jobs_there_are(self, two_sizes, name):
-        small, large = (observe(store, lambda store=store: READS[name](store))[1] for store in two_sizes)
+        small, large = (count_steps(store, READS[name]) for store in two_sizes)
         assert large <= small * 1.3 + 100
 
     def test_metadata_is_compared_as_its_json_text(self, store):
@@ -6962,7 +6940,7 @@ class TestWaiting:
         make_predecessor(tmp_path / "jobs.db")
         client = start().client
         body = {"job_type": "echo", "api_key": "api-key-1", "data": "hello"}
-        for job_id in ("done", "pending-1", "bare"):
+        for job_id in ("ok", "slow", "nodata"):
             answer = put(client, job_id, body)
             assert (answer.status, answer.error) == (409, f"job_id {job_id} already exists")
 
@@ -7840,42 +7818,12 @@ class TestExamples:
             assert job["status"] == "error" and sentence in job["error"]["message"] and set(job["error"]) == {"message"}
 
 
-# What ckanserviceprovider 1.2.0 left behind when it was killed: sqlite3's .dump of its database
-PREDECESSOR_DUMP = r"""
-PRAGMA foreign_keys=OFF;
-BEGIN TRANSACTION;
-CREATE TABLE jobs (job_id TEXT NOT NULL, job_type TEXT, status TEXT, data TEXT, error TEXT,
-    requested_timestamp DATETIME, finished_timestamp DATETIME, sent_data TEXT, aps_job_id TEXT, result_url TEXT, api_key TEXT, job_key TEXT, PRIMARY KEY (job_id));
-INSERT INTO jobs VALUES('ok','echo','complete','">hi"',NULL,'2026-11-23 20:29:00.026358','2026-11-23 20:29:00.040047','"hi"',NULL,NULL,NULL,'key-ok');
-INSERT INTO jobs VALUES('bad','echo','error',NULL,'{"message": "do not start message with >"}','2026-11-23 20:29:00.058037','2026-11-23 20:29:00.059858','">hi"',NULL,NULL,NULL,'09ff670b-e43d-460d-895a-d62cacd867e1');
-INSERT INTO jobs VALUES('worse','echo','error',NULL,'{"message": "  File \"main.py\", line 11, in echo\n    if input[''data''].startswith(''#''): raise Exception(''serious exception'')\nException(''serious exception'')"}','2026-11-23 20:29:00.074983','2026-11-23 20:29:00.076859','"#x"',NULL,NULL,NULL,'df6f2943-c8e7-4021-b4a7-a581ef5cada4');
-INSERT INTO jobs VALUES('quick','quick','complete','{"a": [1, null, "\u00e4"]}','{"message": "Process completed but unable to post to result_url"}','2026-11-23 20:29:00.096112','2026-11-23 20:29:00.106174','{"q": 1}','3bd9fdf525f946f29ca899c2969e9cef','http://127.0.0.1:9/x','k4','86263f31-4f44-4c3a-b00e-176ba56bebd8');
-INSERT INTO jobs VALUES('slow','slow','pending',NULL,NULL,'2026-11-23 20:29:00.116789',NULL,'{"q": 1}','2b13724d82844edb97bc0c347dc6f307','http://127.0.0.1:8166/cb','X-Key: k5','4ce9acda-3c8a-4199-979f-243f97764f37');
-INSERT INTO jobs VALUES('nodata','quick','pending',NULL,NULL,'2026-11-23 20:29:00.137526',NULL,'{}','77bf8370854f4d0aa77ae97f1ccefa6f',NULL,'k6','c45a4ad0-2a28-4469-9832-dfb1e1081f4c');
-CREATE TABLE metadata (job_id TEXT NOT NULL, "key" TEXT NOT NULL, value TEXT, type TEXT, PRIMARY KEY (job_id, "key"), FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE);
-INSERT INTO metadata VALUES('ok','mimetype','text/plain','string');
-INSERT INTO metadata VALUES('ok','n','5','json');
-INSERT INTO metadata VALUES('ok','list','[1, "x"]','json');
-INSERT INTO metadata VALUES('ok','s','5','string');
-INSERT INTO metadata VALUES('slow','ckan_url','http://x/','string');
-CREATE TABLE logs (job_id TEXT NOT NULL, timestamp DATETIME, message TEXT, level TEXT, module TEXT, "funcName" TEXT, lineno INTEGER, FOREIGN KEY(job_id) REFERENCES jobs (job_id) ON DELETE CASCADE);
-INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.031276','a line','INFO','main','echo',12);
-INSERT INTO logs VALUES('ok','2026-11-23 20:29:00.035805','another ä','WARNING','main','echo',12);
-CREATE TABLE apscheduler_jobs (id VARCHAR(191) NOT NULL, next_run_time FLOAT, job_state BLOB NOT NULL, PRIMARY KEY (id));
-CREATE INDEX ix_jobs_status ON jobs (status);
-CREATE INDEX ix_metadata_value ON metadata (value);
-CREATE INDEX ix_apscheduler_jobs_next_run_time ON apscheduler_jobs (next_run_time);
-COMMIT;
-"""  # noqa: E501 - a dump as it is
-
-
 class TestPredecessor:
     """A database that the real predecessor has written."""
 
     @pytest.fixture
     def old_database(self, tmp_path):
-        with contextlib.closing(sqlite3.connect(str(tmp_path / "jobs.db"))) as connection:
-            connection.executescript(PREDECESSOR_DUMP)
+        make_predecessor(tmp_path / "jobs.db")
         return tmp_path / "jobs.db"
 
     def test_its_finished_jobs_are_there_with_everything_and_can_be_cleared(self, old_database, start):
