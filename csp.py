@@ -78,7 +78,7 @@ if TYPE_CHECKING:  # importing typing and its NamedTuple would take a twentieth 
     import ssl
     from multiprocessing.connection import Connection
     from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
-                        Optional, Sequence, Set, TextIO, Tuple, TypeVar, Union)
+                        Optional, Sequence, Set, Tuple, TypeVar, Union)
 
     T = TypeVar("T")
     Function = TypeVar("Function", bound=Callable[..., Any])
@@ -6418,8 +6418,7 @@ class AccessLog:
                 words = "-" if head is NO_HEAD else f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}"
                 date = time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(when))
                 line = f'{address} - - [{date}] "{words}" {status} {sent_bytes} {seconds * 1000:.1f}ms'
-                is_plain = line.isascii() and line.isprintable()
-                lines.append(line if is_plain else line.encode("unicode_escape").decode("ascii"))
+                lines.append(line.encode("unicode_escape").decode("ascii"))
             if lines:
                 access_log.info("%s", "\n".join(lines))
 
@@ -6454,11 +6453,9 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), socketserver.BaseRequestHandler)  # its handlers are not used
-        except OSError as error:
-            raise StartError(f"The address {host} port {port} cannot be used: {error.strerror}; "
+        except (OSError, OverflowError) as error:
+            raise StartError(f"The address {host} port {port} cannot be used: {getattr(error, 'strerror', error)}; "
                              "choose another with --host or --port.") from None
-        except OverflowError:
-            raise StartError(f"The port {port} is not between 0 and 65535.") from None
         self.access = AccessLog()
         _closed_in_children.add(self)
         service.reachable_at(self.url)
@@ -6481,8 +6478,11 @@ class Server(ThreadingHTTPServer):
         handler, settings = RequestHandler(self, request, client_address[0]), self.service.settings
         with self.lock:
             of_address = self._per_address.get(handler.address, 0)
-            is_full = (len(self.handlers) >= settings["MAX_CONNECTIONS"] and not self._close_an_idle_one()) or (
-                of_address >= settings["MAX_CONNECTIONS_PER_ADDRESS"] and not self.trust.is_trusted(handler.address))
+            is_full = (of_address >= settings["MAX_CONNECTIONS_PER_ADDRESS"]
+                       and not self.trust.is_trusted(handler.address))
+            if not is_full and len(self.handlers) >= settings["MAX_CONNECTIONS"]:  # one that is idle makes room
+                idle = [other for other in self.handlers if other.is_idle]
+                is_full = not idle or not min(idle, key=lambda other: other.idle_since).close_if_idle()
             if not is_full:
                 self.handlers.add(handler)
                 self._per_address[handler.address] = of_address + 1
@@ -6500,10 +6500,6 @@ class Server(ThreadingHTTPServer):
             request.settimeout(0.1)
             request.sendall(_TOO_MANY_CONNECTIONS)
         self.shutdown_request(request)
-
-    def _close_an_idle_one(self) -> bool:
-        idle = [handler for handler in self.handlers if handler.is_idle]
-        return bool(idle) and min(idle, key=lambda handler: handler.idle_since).close_if_idle()
 
     def _serve(self, handler: RequestHandler) -> None:
         """Serve this connection and further ones, until none comes for a while."""
@@ -6559,13 +6555,13 @@ class Wsgi:
             response = self._service.handle(self._read_request(environ))
         except CspError as error:
             response = Response.error(error)
-        headers = [("Content-Type", response.content_type), *all_headers(response)]
-        if isinstance(response.body, (bytes, Pieces)):
-            headers.append(("Content-Length", str(len(response.body))))
+        headers, body = [("Content-Type", response.content_type), *all_headers(response)], response.body
+        if isinstance(body, (bytes, Pieces)):
+            headers.append(("Content-Length", str(len(body))))
         start_response(f"{response.status} {_REASONS.get(response.status, '')}", headers)
         if environ["REQUEST_METHOD"] == "HEAD":
             return []
-        return [response.body] if isinstance(response.body, bytes) else response.body
+        return [body] if isinstance(body, bytes) else body
 
     def _read_request(self, environ: Dict[str, Any]) -> Request:
         headers = {name[5:].replace("_", "-").lower(): str(value) for name, value in environ.items()
@@ -6577,11 +6573,12 @@ class Wsgi:
         length, max_bytes, body = environ.get("CONTENT_LENGTH") or "", self._service.settings["MAX_BODY_BYTES"], b""
         if not re.fullmatch("[0-9]{0,18}", length):
             raise CspError(400, "The Content-Length is not a number.")
-        if int(length or 0) <= max_bytes and (length or environ.get("wsgi.input_terminated")):
-            body = environ["wsgi.input"].read(int(length) if length else max_bytes + 1)
-        if max(len(body), int(length or 0)) > max_bytes:
+        announced = int(length or 0)
+        if announced <= max_bytes and (length or environ.get("wsgi.input_terminated")):
+            body = environ["wsgi.input"].read(announced if length else max_bytes + 1)
+        if max(len(body), announced) > max_bytes:
             raise CspError(413, f"The body is larger than {max_bytes:,} bytes.")
-        if len(body) < int(length or 0):
+        if len(body) < announced:
             raise CspError(400, "The body is shorter than its Content-Length.")
         return Request(environ["REQUEST_METHOD"], target, headers, body, address, scheme)
 
@@ -6612,8 +6609,8 @@ def configure_logging(settings: Settings) -> None:
 
         class LogFile(RotatingFileHandler):  # only its owner may read it
             def _open(self) -> Any:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
+                return open(self.baseFilename, "a", encoding="utf-8",
+                            opener=lambda path, flags: os.open(path, flags, 0o600))
 
         try:
             handlers.append(LogFile(settings["LOG_FILE"], maxBytes=64 * 2**20, backupCount=5))
@@ -6621,7 +6618,6 @@ def configure_logging(settings: Settings) -> None:
             raise StartError(f"The log file {settings['LOG_FILE']} cannot be written: {error.strerror}.") from None
     if settings["ADMINS"]:
         from logging.handlers import SMTPHandler
-        import smtplib  # noqa: F401 - now, because the handler may need it when nothing can be imported any more
         mail = SMTPHandler("127.0.0.1", settings["FROM_EMAIL"], list(settings["ADMINS"]), f"{settings['NAME']}: error")
         mail.setLevel(logging.ERROR)
         handlers.append(mail)
@@ -6638,9 +6634,8 @@ def configure_logging(settings: Settings) -> None:
         log.warning("%s", doubt)
 
 
-def announce(server: Server, stream: TextIO) -> None:
-    service, settings = server.service, server.service.settings
-    types = service.registry.names()
+def announce(server: Server) -> None:
+    service, settings, types = server.service, server.service.settings, server.service.registry.names()
     password = (f"password {service.auth.generated_password} (for this run; set PASSWORD to keep one)"
                 if service.auth.generated_password else f"with your PASSWORD, at {server.url}login")
     lines = [f"{settings['NAME']} (csp.py {__version__}) at {server.url}",
@@ -6648,23 +6643,19 @@ def announce(server: Server, stream: TextIO) -> None:
              f"Database:  {os.path.abspath(service.database) if service.database else 'in memory, gone at the end'}",
              f"Log in:    user {settings['USERNAME']}, {password}"]
     if types:
-        synchronous = [name for name in types if (job_type := service.registry.get(name)) and job_type.synchronous]
-        name = "echo" if "echo" in types else (synchronous or types)[0]
-        api_key = "one of API_KEYS" if settings["API_KEYS"] else "any"
-        example = to_json({"job_type": name, "api_key": api_key, "data": "hello"})
+        example = to_json({"job_type": "echo" if "echo" in types else types[0],
+                           "api_key": "one of API_KEYS" if settings["API_KEYS"] else "any", "data": "hello"})
         lines.append(f"Try it:    curl -H 'Content-Type: application/json' -d '{example}' {server.url}job")
-    print("\n".join(lines), file=stream, flush=True)
+    print("\n".join(lines), flush=True)
 
 
 class Signals:
     """SIGINT and SIGTERM: the first ends ``wait``, the second ends the process at once. Main thread only."""
 
-    WANTED = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
         self._received: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike Event, safe to use in a signal handler
         self._is_stopping = False
-        for number in self.WANTED:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
         _closed_in_children.add(self)
 
@@ -6680,7 +6671,7 @@ class Signals:
                 self._received.get(timeout=1.0)  # Python handles a signal that another thread got when this one moves
 
     def close_in_child(self) -> None:
-        for number in self.WANTED:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -6710,7 +6701,7 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
         raise
     signals = Signals()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="csp-accept", daemon=True).start()
-    announce(server, sys.stdout)
+    announce(server)
     signals.wait()
     log.info("stopping; running jobs have %g seconds", settings["GRACE_SECONDS"])
     deadline = time.monotonic() + settings["GRACE_SECONDS"]
@@ -6718,26 +6709,22 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     is_done = service.close(max(0.0, deadline - time.monotonic()))
     if not is_done:
         log.warning("jobs are still running; they will run again after the next start")
-    _end_process_if_held(is_done)
-    return 0
-
-
-def _end_process_if_held(is_done: bool) -> None:
-    """End the process now if jobs or callbacks go on: the interpreter would wait for them, maybe forever."""
+    # the interpreter would wait for jobs and callbacks that go on, maybe forever
     multiprocessing = sys.modules.get("multiprocessing")
     children = multiprocessing.active_children() if multiprocessing else []
-    threads = [thread for thread in threading.enumerate()
-               if thread.name.startswith(("csp-job", "csp-process", "csp-callback"))]
+    holders = [thread for thread in threading.enumerate()
+               if thread.name.startswith(("csp-job", "csp-process", "csp-callback"))] + children
     deadline = time.monotonic() + 0.5
-    for holder in (*threads, *children):
+    for holder in holders:
         holder.join(max(0.0, deadline - time.monotonic()))
-    if not is_done or any(holder.is_alive() for holder in (*threads, *children)):
+    if not is_done or any(holder.is_alive() for holder in holders):
         for child in children:
             with suppress(OSError):
                 os.kill(child.pid, SIGKILL)  # not every kind of child has a method for it
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6750,28 +6737,6 @@ class ClientAnswer(NamedTuple):
     status_code: int
     data: bytes
     headers: Dict[str, str]
-
-
-class ApplicationClient:
-    """Sends requests to an application without a socket, for the tests of projects that use it."""
-
-    def __init__(self, application: Application) -> None:
-        self._application = application
-        self.get = functools.partial(self._open, "GET")
-        self.post = functools.partial(self._open, "POST")
-        self.delete = functools.partial(self._open, "DELETE")
-
-    def _open(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
-              headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
-        fields = {name.lower(): value for name, value in (headers or {}).items()}
-        if isinstance(data, collections.abc.Mapping):
-            content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
-        if content_type is not None:
-            fields["content-type"] = content_type
-        body = data.encode("utf-8") if isinstance(data, str) else data
-        response = self._application.service.handle(Request(method, path, {"host": "localhost", **fields}, body))
-        content = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-        return ClientAnswer(response.status, content, {"Content-Type": response.content_type, **dict(response.headers)})
 
 
 class Application:
@@ -6810,8 +6775,22 @@ class Application:
             return [body]
         return Wsgi(service)(environ, start_response)
 
-    def test_client(self) -> ApplicationClient:
-        return ApplicationClient(self)
+    def _request(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
+                 headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
+        fields = {"host": "localhost", **{name.lower(): value for name, value in (headers or {}).items()}}
+        if isinstance(data, collections.abc.Mapping):
+            content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
+        if content_type is not None:
+            fields["content-type"] = content_type
+        body = data.encode("utf-8") if isinstance(data, str) else data
+        response = self.service.handle(Request(method, path, fields, body))
+        content = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+        return ClientAnswer(response.status, content, {"Content-Type": response.content_type, **dict(response.headers)})
+
+    def test_client(self) -> types.SimpleNamespace:
+        """Return what sends requests to this application without a socket, for the tests of projects that use it."""
+        return types.SimpleNamespace(**{
+            method: functools.partial(self._request, method.upper()) for method in ("get", "post", "delete")})
 
     def run(self, host: Optional[str] = None, port: Union[int, str, None] = None, **options: Any) -> None:
         try:
@@ -6841,8 +6820,7 @@ web = _make_module("web", "The service.", app=_application, init=lambda: _applic
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.",
-                                     add_help=False)
+    parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.")
     group = parser.add_argument_group("what to serve")
     group.add_argument("--jobs", action="append", default=[], metavar="MODULE",
                        help="a module name or a .py file with job functions; may be repeated")
@@ -6857,21 +6835,20 @@ def _build_parser() -> argparse.ArgumentParser:
     group.add_argument("--hash-password", action="store_true", help="make a hash for the setting PASSWORD, and exit")
     group.add_argument("--version", action="version", version=f"csp.py {__version__}",
                        help="show the version, and exit")
-    group.add_argument("-h", "--help", action="help", help="show this help, and exit")
     return parser
 
 
 def _run_once(arguments: Sequence[str]) -> int:
-    name, data = arguments[0], arguments[1] if len(arguments) > 1 else None
+    name, *texts = arguments
     job_type = registry.get(name)
-    if len(arguments) > 2:
+    if len(texts) > 1:
         raise StartError("--run takes a job type and its data as one JSON text; put that into quotes.")
     if job_type is None:
         raise StartError(f"There is no job type {name}; there are: {', '.join(registry.names()) or 'none'}.")
     input: Dict[str, Any] = {"job_type": name, "api_key": "none"}
     try:
-        if data is not None:
-            input["data"] = from_json((sys.stdin.read() if data == "-" else data).encode("utf-8", "surrogateescape"))
+        for text in texts:
+            input["data"] = from_json((sys.stdin.read() if text == "-" else text).encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise StartError(f"The data for --run is not JSON: {error}.") from None
 
