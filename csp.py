@@ -6443,9 +6443,8 @@ class Server(ThreadingHTTPServer):
         self.service = service
         self.trust = ProxyTrust(service.settings["TRUSTED_PROXIES"])
         self.is_stopping = False
-        self.lock = threading.Condition()  # guards the next three
+        self.lock = threading.Condition()  # guards the next two
         self.handlers: Set[RequestHandler] = set()  # one for each connection
-        self._per_address: Dict[str, int] = {}
         self._spare_threads = 0
         self._accepted: queue.SimpleQueue[RequestHandler] = queue.SimpleQueue()  # for spare threads
         host = service.settings["HOST"] if host is None else host
@@ -6477,7 +6476,7 @@ class Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         handler, settings = RequestHandler(self, request, client_address[0]), self.service.settings
         with self.lock:
-            of_address = self._per_address.get(handler.address, 0)
+            of_address = sum(other.address == handler.address for other in self.handlers)
             is_full = (of_address >= settings["MAX_CONNECTIONS_PER_ADDRESS"]
                        and not self.trust.is_trusted(handler.address))
             if not is_full and len(self.handlers) >= settings["MAX_CONNECTIONS"]:  # one that is idle makes room
@@ -6485,7 +6484,6 @@ class Server(ThreadingHTTPServer):
                 is_full = not idle or not min(idle, key=lambda other: other.idle_since).close_if_idle()
             if not is_full:
                 self.handlers.add(handler)
-                self._per_address[handler.address] = of_address + 1
                 if self._spare_threads > 0:
                     self._spare_threads -= 1
                     self._accepted.put(handler)
@@ -6495,7 +6493,8 @@ class Server(ThreadingHTTPServer):
                 threading.Thread(target=self._serve, args=(handler,), name="csp-connection", daemon=True).start()
                 return
         except RuntimeError:  # no more threads
-            self._forget(handler, spare_threads=0)
+            with self.lock:
+                self.handlers.discard(handler)
         with suppress(OSError):
             request.settimeout(0.1)
             request.sendall(_TOO_MANY_CONNECTIONS)
@@ -6507,25 +6506,18 @@ class Server(ThreadingHTTPServer):
             handler.serve()
             with suppress(OSError):
                 self.shutdown_request(handler.connection)
-            self._forget(handler, spare_threads=1)
-            while True:
-                try:
-                    handler = self._accepted.get(timeout=SPARE_THREAD_SECONDS)
-                    break
-                except queue.Empty:
-                    with self.lock:
-                        if self._spare_threads > 0:  # otherwise a connection is on its way to this thread
-                            self._spare_threads -= 1
-                            return
-
-    def _forget(self, handler: RequestHandler, spare_threads: int) -> None:
-        with self.lock:
-            self.handlers.discard(handler)
-            self._spare_threads += spare_threads
-            self._per_address[handler.address] -= 1
-            if not self._per_address[handler.address]:
-                del self._per_address[handler.address]
-            self.lock.notify_all()
+            with self.lock:
+                self.handlers.discard(handler)
+                self._spare_threads += 1
+                self.lock.notify_all()
+            try:
+                handler = self._accepted.get(timeout=SPARE_THREAD_SECONDS)
+            except queue.Empty:
+                with self.lock:
+                    if self._spare_threads > 0:
+                        self._spare_threads -= 1
+                        return
+                handler = self._accepted.get()  # process_request has just counted on this thread
 
     def close_in_child(self) -> None:
         self.socket.close()
@@ -6764,7 +6756,7 @@ class Application:
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         try:
-            service = self.service
+            return Wsgi(self.service)(environ, start_response)
         except StartError as error:
             if str(error) != self._trouble:
                 self._trouble = str(error)
@@ -6773,7 +6765,6 @@ class Application:
             start_response("503 Service Unavailable", [
                 ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Retry-After", "30")])
             return [body]
-        return Wsgi(service)(environ, start_response)
 
     def _request(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
                  headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
