@@ -6083,6 +6083,7 @@ _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-
 _CHUNK_SIZE = rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
 _ABSOLUTE = r"(?i)https?://[^/?#]*"
 _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect"))
+_SECURITY_TEXT = "".join([f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS])
 
 _TOO_MANY_CONNECTIONS = (b"HTTP/1.1 503 Service Unavailable\r\nServer: csp\r\nContent-Type: application/json\r\n"
                          b"Retry-After: 5\r\nConnection: close\r\n\r\n"
@@ -6239,11 +6240,15 @@ class RequestHandler:
 
     def _receive(self, started: float, limit: str, received: int = 0) -> None:
         """Receive some bytes within the setting ``limit``; received bytes earn time, announced ones do not."""
-        deadline: float = started + self._settings[limit] + received / self._settings["BODY_BYTES_PER_SECOND"]
-        data: Optional[bytes] = None
+        deadline: float = started + self._settings[limit]
+        if received:
+            deadline += received / self._settings["BODY_BYTES_PER_SECOND"]
+        data = None
         while not data:
-            with suppress(BlockingIOError, socket.timeout):
+            try:
                 data = self.connection.recv(RECEIVE_BYTES)
+            except (BlockingIOError, socket.timeout):
+                data = None
             if data == b"":
                 raise _Disconnected
             if time.monotonic() > deadline or (self.server.is_stopping and self.is_idle and not data):
@@ -6368,7 +6373,9 @@ class RequestHandler:
         return sent, keeps_alive and is_chunked
 
     def _build_head(self, head: Head, response: Response, framing: str, keeps_alive: bool) -> bytes:
-        fields = "".join([f"{name}: {value}\r\n" for name, value in all_headers(response)])
+        fields = _SECURITY_TEXT
+        if response.headers:
+            fields = "".join([f"{name}: {value}\r\n" for name, value in all_headers(response)])
         connection = f"Connection: {'keep-alive' if keeps_alive else 'close'}\r\n"
         text = (f"HTTP/1.1 {response.status} {_REASONS.get(response.status, '')}\r\nServer: csp\r\n"
                 f"Date: {_http_date(int(time.time()))}\r\nContent-Type: {response.content_type}\r\n"
@@ -6405,18 +6412,18 @@ class AccessLog:
         """Add a request that was read at ``started`` (monotonic); any thread may call this."""
         if access_log.isEnabledFor(logging.INFO):
             seconds = time.monotonic() - started if started else 0.0
-            self._requests.put((time.time(), address, head, status, sent_bytes, seconds))
+            self._requests.put((address, head, status, sent_bytes, seconds))
 
     def _run(self) -> None:
         while not self._is_closed.is_set():
             requests = [self._requests.get()]
+            date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
             self._is_closed.wait(ACCESS_LOG_SECONDS)
             requests += [self._requests.get() for _ in range(self._requests.qsize())]
             lines = []
-            for when, address, head, status, sent_bytes, seconds in filter(None, requests):
+            for address, head, status, sent_bytes, seconds in filter(None, requests):
                 path = head.target.partition("?")[0].replace('"', "%22")
                 words = "-" if head is NO_HEAD else f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}"
-                date = time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(when))
                 line = f'{address} - - [{date}] "{words}" {status} {sent_bytes} {seconds * 1000:.1f}ms'
                 lines.append(line.encode("unicode_escape").decode("ascii"))
             if lines:
@@ -6436,7 +6443,6 @@ class Server(ThreadingHTTPServer):
     """
 
     request_queue_size = BACKLOG
-    daemon_threads = True
     allow_reuse_port = False
 
     def __init__(self, service: Service, host: Optional[str] = None, port: Optional[int] = None) -> None:
