@@ -6081,7 +6081,6 @@ _FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _CHUNK_SIZE = rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
-_ABSOLUTE = r"(?i)https?://[^/?#]*"
 _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect"))
 _SECURITY_TEXT = "".join([f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS])
 
@@ -6126,7 +6125,7 @@ def parse_head(head: bytes, settings: Mapping[str, Any]) -> Head:
         raise CspError(400, "There must be exactly one valid Host field.")
     target = "/" if line[2] == "*" and line[1] == "OPTIONS" else line[2]
     if not target.startswith("/"):  # RFC 9112, section 3.2
-        origin = re.match(_ABSOLUTE, target)
+        origin = re.match("(?i)https?://[^/?#]*", target)
         if origin is None:
             raise CspError(400, "The request target is neither a path nor an http URL.")
         target = target[origin.end():]
@@ -6202,14 +6201,12 @@ class RequestHandler:
 
     def close_if_idle(self) -> bool:
         """Close the connection unless a request is under way (called by the server); return whether it did."""
-        if not self.is_idle:
-            return False
-        self.is_idle = False
-        try:
-            self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return False
-        return True
+        if self.is_idle:
+            self.is_idle = False
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
 
     def _serve_request(self) -> bool:
         """Return whether another request may follow."""
@@ -6731,12 +6728,6 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
 # One file is module and package, as os is with os.path: ``import csp.job as job`` finds the module in sys.modules.
 # ---------------------------------------------------------------------------------------------------------------------
 
-class ClientAnswer(NamedTuple):
-    status_code: int
-    data: bytes
-    headers: Dict[str, str]
-
-
 class Application:
     """What ``web.app`` is: the settings, a way to serve the registered jobs, and a WSGI application.
 
@@ -6773,7 +6764,8 @@ class Application:
             return [body]
 
     def _request(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
-                 headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
+                 headers: Optional[Mapping[str, str]] = None,
+                 content_type: Optional[str] = None) -> types.SimpleNamespace:
         fields = {"host": "localhost", **{name.lower(): value for name, value in (headers or {}).items()}}
         if isinstance(data, collections.abc.Mapping):
             content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
@@ -6782,7 +6774,8 @@ class Application:
         body = data.encode("utf-8") if isinstance(data, str) else data
         response = self.service.handle(Request(method, path, fields, body))
         content = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-        return ClientAnswer(response.status, content, {"Content-Type": response.content_type, **dict(response.headers)})
+        return types.SimpleNamespace(status_code=response.status, data=content, headers={
+            "Content-Type": response.content_type, **dict(response.headers)})
 
     def test_client(self) -> types.SimpleNamespace:
         """Return what sends requests to this application without a socket, for the tests of projects that use it."""

@@ -6332,15 +6332,14 @@ class TestCommandLine:
         assert [(line["message"], line["level"]) for line in logged["logs"]] == [("just a warning", "WARNING")]
         assert logged["data"] == ">&hi"
 
-    def test_version_and_help_that_names_every_option(self):
-        done = run_command("--version")
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"csp.py {csp.__version__}\n", "")
-        done = run_command("--help")
-        assert done.returncode == 0
-        assert set(re.findall(r"--[a-z][a-z-]+", done.stdout)) >= {
+    def test_version_and_help_that_names_every_option(self, capsys):
+        for option in ("--version", "--help"):
+            with pytest.raises(SystemExit, match="^0$"):
+                csp.main([option])
+        version, _, text = capsys.readouterr().out.partition("\n")
+        assert version == f"csp.py {csp.__version__}" and set(re.findall(r"--[a-z][a-z-]+", text)) >= {
             "--jobs", "--config", "--host", "--port", "--db", "--name", "--workers", "--log-file", "--version",
-            "--hash-password", "--run",
-        }
+            "--hash-password", "--run"}
 
     def test_a_hash_of_a_password_from_standard_input_opens_the_service(self, start, command):
         done = command("--hash-password", input="open \u20ac sesame\n")
@@ -6370,7 +6369,6 @@ class TestCommandLine:
         (["--run", "work", "NaN"], ["JSON"]),
         (["--run", "work", "1", "2"], ["--run"]),
         (["--port", "abc"], ["PORT", "number"]),
-        (["--host", "256.1.1.1"], ["256.1.1.1"]),
         (["--db", "no/such/directory/jobs.db"], ["no/such/directory"]),
         (["CSP_GRACE_SECONDS=soon"], ["GRACE_SECONDS"]),
         (["--config", "broken_settings.py"], ["broken_settings.py"]),
