@@ -6379,20 +6379,13 @@ class TestCommandLine:
         (["--jobs", "failing_module"], ["failing_module", "NameError"]),
         (["--jobs", "bad_option"], ["retires", "bad_option.py, line 3"]),
         (["--jobs", "same_names"], ["work", "jobs", "same_names"]),
-        (["--db", "newer.db"], ["newer.db", "newer"]),
     ], ids=lambda value: " ".join(value)[:40])
-    def test_what_is_wrong_at_the_start_is_one_sentence(self, command, tmp_path, arguments, words):
-        newer = tmp_path / "newer.db"
-        if newer.name in arguments:
-            csp.Store(str(newer)).close()
-            rows_of(newer, f"PRAGMA user_version = {csp.SCHEMA_VERSION + 1}")
-        before = newer.read_bytes() if newer.exists() else b""
+    def test_what_is_wrong_at_the_start_is_one_sentence(self, command, arguments, words):
         environ = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
-        options = ["--jobs", "jobs", *(() if environ else arguments)]
-        options += [] if "--db" in options else ["--db", "mine.db"]
-        options += [] if "--port" in options else ["--port", "0"]
-        assert_one_sentence(command(*options, input="", **environ), *words)
-        assert not before or newer.read_bytes() == before
+        options = [] if environ else arguments
+        options = [*options, *(() if "--db" in options else ("--db", "mine.db")),
+                   *(() if "--port" in options else ("--port", "0"))]
+        assert_one_sentence(command("--jobs", "jobs", *options, input="", **environ), *words)
 
     def test_a_port_in_use_is_one_sentence(self, command):
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -6456,9 +6449,7 @@ class TestCommandLine:
         assert len(files) == 6 and {path.stat().st_mode & 0o777 for path in files} == {0o600}
         assert (tmp_path / "a.log").read_text().endswith("one\\nline\n")
 
-    def test_access_lines_are_in_common_log_format_without_secrets_in_a_file_for_its_owner_alone(
-        self, launch, tmp_path
-    ):
+    def test_access_lines_are_in_common_log_format_without_secrets_in_an_owner_only_file(self, launch, tmp_path):
         server = launch(DOCUMENTED_MODULE, "--log-file", tmp_path / "service.log")
         job = server.client.submit("echo", "hi", api_key="the-api-key")
         server.client.get(f"/job/{job['job_id']}?limit=5&secret=in-the-query", key=job["job_key"])
