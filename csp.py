@@ -71,7 +71,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing and its NamedTuple would take a twentieth of the start
     import ssl
     from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
-                        Optional, Sequence, Set, TextIO, Tuple, TypeVar, Union)
+                        Optional, Sequence, Set, Tuple, TypeVar, Union)
 
     T = TypeVar("T")
     Function = TypeVar("Function", bound=Callable[..., Any])
@@ -5351,10 +5351,8 @@ _FIELD = re.compile(r"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):([\t\x20-\x7e\x80-\xff]*)")
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _HOST = re.compile(r"(?:[!$&'()*+,;=\-._~%0-9A-Za-z]*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _CHUNK_SIZE = rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?"
-_ABSOLUTE = r"(?i)https?://[^/?#]*"
 _SINGLE_FIELDS = frozenset(("host", "content-length", "transfer-encoding", "content-type", "authorization", "expect"))
-_SECURITY_LINES = {name: f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS}
-_SECURITY_TEXT = "".join(_SECURITY_LINES.values())
+_SECURITY_TEXT = "".join([f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS])
 
 _TOO_MANY_CONNECTIONS = (b"HTTP/1.1 503 Service Unavailable\r\nServer: csp\r\nContent-Type: application/json\r\n"
                          b"Retry-After: 5\r\nConnection: close\r\n\r\n"
@@ -5376,6 +5374,9 @@ class Head(NamedTuple):
         return "keep-alive" in options if self.is_http_1_0 else "close" not in options
 
 
+NO_HEAD = Head("", "", {}, False)  # of a request whose head could not be read
+
+
 def parse_head(head: bytes, settings: Mapping[str, Any]) -> Head:
     """Parse request line and header fields; raise CspError for what RFC 9112 and RFC 9110 do not allow."""
     lines = head.decode("latin-1").split("\r\n")
@@ -5394,7 +5395,7 @@ def parse_head(head: bytes, settings: Mapping[str, Any]) -> Head:
         raise CspError(400, "There must be exactly one valid Host field.")
     target = "/" if line[2] == "*" and line[1] == "OPTIONS" else line[2]
     if not target.startswith("/"):  # RFC 9112, section 3.2
-        origin = re.match(_ABSOLUTE, target)
+        origin = re.match("(?i)https?://[^/?#]*", target)
         if origin is None:
             raise CspError(400, "The request target is neither a path nor an http URL.")
         target = target[origin.end():]
@@ -5439,83 +5440,78 @@ class _Disconnected(Exception):
     """The client is gone or too slow; there is nobody to answer."""
 
 
-def _set_socket_timeout(connection: socket.socket, option: int, seconds: float) -> None:
-    """Limit a blocking receive or send in the kernel: cheaper than settimeout, which polls before each call."""
-    if sys.platform == "win32":
-        connection.setsockopt(socket.SOL_SOCKET, option, int(seconds * 1000))
-    else:
-        connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(seconds), int(seconds % 1 * 1e6)))
+def all_headers(response: Response) -> List[Tuple[str, str]]:
+    names = {name for name, _ in response.headers}
+    return response.headers + [header for header in SECURITY_HEADERS if header[0] not in names]
 
 
-class RequestHandler(socketserver.BaseRequestHandler):
+class RequestHandler:
     """One connection: reads requests and sends responses until either side closes it."""
 
-    server: Server
-
-    def setup(self) -> None:
-        self._settings = self.server.service.settings
-        self.connection: socket.socket = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _set_socket_timeout(self.connection, socket.SO_RCVTIMEO, 1.0)
-        _set_socket_timeout(self.connection, socket.SO_SNDTIMEO, self._settings["SEND_SECONDS"])
-        self._buffer = bytearray()
-        self._head: Optional[Head] = None
-        self._kept_head: Tuple[bytes, Optional[Head]] = b"", None
+    def __init__(self, server: Server, connection: socket.socket, address: str) -> None:
+        self.server, self.connection, self.address = server, connection, address
         self.is_idle, self.idle_since = True, time.monotonic()
-        with self.server.lock:
-            self.server.handlers.add(self)
+        self._settings = server.service.settings
+        self._buffer = bytearray()
+        self._kept_head = b"", NO_HEAD
 
-    def finish(self) -> None:
-        with self.server.lock:
-            self.server.handlers.discard(self)
-
-    def handle(self) -> None:
+    def serve(self) -> None:
         try:
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for option, seconds in ((socket.SO_RCVTIMEO, 1.0), (socket.SO_SNDTIMEO, self._settings["SEND_SECONDS"])):
+                # cheaper than settimeout, which polls before each call
+                windows, others = int(seconds * 1000), struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+                self.connection.setsockopt(socket.SOL_SOCKET, option, windows if sys.platform == "win32" else others)
             while self._serve_request():
                 pass
         except (_Disconnected, OSError):
             pass
+        except Exception:  # noqa: BLE001 - the thread has to serve the next connection
+            log.exception("a connection from %s failed", self.address)
 
     def close_if_idle(self) -> bool:
         """Close the connection unless a request is under way (called by the server); return whether it did."""
-        if not self.is_idle:
-            return False
-        self.is_idle = False
-        try:
-            self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return False
-        return True
+        if self.is_idle:
+            self.is_idle = False
+            with suppress(OSError):
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return True
+        return False
 
     def _serve_request(self) -> bool:
-        self._head = None
-        started = 0.0
+        """Return whether another request may follow."""
+        head, started = NO_HEAD, 0.0
         try:
             raw = self._read_head()
             started = time.monotonic()
-            kept_raw, head = self._kept_head
-            if raw != kept_raw or head is None:
-                head = parse_head(raw, self._settings)
-                self._kept_head = (raw, head) if len(raw) <= KEPT_HEAD_BYTES else (b"", None)
-            self._head = head
+            if raw != self._kept_head[0]:
+                self._kept_head = raw, parse_head(raw, self._settings)
+            head = self._kept_head[1]
+            if len(raw) > KEPT_HEAD_BYTES:
+                self._kept_head = b"", NO_HEAD
             body = self._read_body(head)
         except CspError as error:
-            self._send(Response.error(error), keeps_alive=False)
-            self.server.access.add(self.client_address[0], self._head, error.status, 0, started)
+            self._send(head, Response.error(error), keeps_alive=False)
+            self.server.access.add(self.address, head, error.status, 0, started)
             self._linger()
             return False
-        address, scheme = self.server.trust.identify(self.client_address[0], head.headers)
+        address, scheme = self.server.trust.identify(self.address, head.headers)
         request = Request(head.method, head.target, head.headers, body, address, scheme)
         del body  # only the request refers to it now, and frees it when it has been parsed
         response = self.server.service.handle(request)
-        sent, keeps_alive = self._send(response, head.keeps_alive and not self.server.is_stopping)
+        sent, keeps_alive = self._send(head, response, head.keeps_alive and not self.server.is_stopping)
         self.server.access.add(address, head, response.status, sent, started)
         return keeps_alive
 
     # -- receiving
 
-    def _receive(self, deadline: float) -> None:
-        while True:
+    def _receive(self, started: float, limit: str, received: int = 0) -> None:
+        """Receive some bytes within the setting ``limit``; received bytes earn time, announced ones do not."""
+        deadline: float = started + self._settings[limit]
+        if received:
+            deadline += received / self._settings["BODY_BYTES_PER_SECOND"]
+        data = None
+        while not data:
             try:
                 data = self.connection.recv(RECEIVE_BYTES)
             except (BlockingIOError, socket.timeout):
@@ -5523,15 +5519,13 @@ class RequestHandler(socketserver.BaseRequestHandler):
             if data == b"":
                 raise _Disconnected
             if time.monotonic() > deadline or (self.server.is_stopping and self.is_idle and not data):
-                raise CspError(408, "The request took too long to arrive.")
-            if data:
-                self._buffer += data
-                return
+                raise _Disconnected if self.is_idle else CspError(408, "The request took too long to arrive.")
+        self._buffer += data
 
     def _read_head(self) -> bytes:
         settings, buffer = self._settings, self._buffer
         self.is_idle, self.idle_since = not buffer, time.monotonic()
-        deadline = self.idle_since + settings["IDLE_SECONDS" if self.is_idle else "HEADER_SECONDS"]
+        started, limit = self.idle_since, "IDLE_SECONDS" if self.is_idle else "HEADER_SECONDS"
         while True:
             while buffer.startswith(b"\r\n"):  # RFC 9112, section 2.2: ignore empty lines before a request
                 del buffer[:2]
@@ -5539,7 +5533,6 @@ class RequestHandler(socketserver.BaseRequestHandler):
             if 0 <= end <= settings["MAX_HEADER_BYTES"]:
                 head = bytes(buffer[:end])
                 del buffer[:end + 4]
-                self.is_idle = False
                 return head
             # refuse a bad head now; its sender need not wait for the timeout
             if len(buffer) > settings["MAX_URL_BYTES"] and b"\n" not in buffer:
@@ -5548,15 +5541,9 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 raise CspError(400, "Lines must end with CR and LF.")
             if len(buffer) > settings["MAX_HEADER_BYTES"]:
                 raise CspError(431, f"The header is larger than {settings['MAX_HEADER_BYTES']} bytes.")
-            try:
-                self._receive(deadline)
-            except CspError:
-                if self.is_idle:
-                    raise _Disconnected from None
-                raise
+            self._receive(started, limit)
             if self.is_idle:
-                self.is_idle = False
-                deadline = time.monotonic() + settings["HEADER_SECONDS"]
+                self.is_idle, started, limit = False, time.monotonic(), "HEADER_SECONDS"
 
     def _read_body(self, head: Head) -> bytes:
         length = body_length(head, self._settings["MAX_BODY_BYTES"])
@@ -5568,26 +5555,21 @@ class RequestHandler(socketserver.BaseRequestHandler):
         if length == 0:
             return b""
         started = time.monotonic()
-        if length is None:
-            return self._read_chunks(started)
-        while len(self._buffer) < length:
-            self._receive(self._body_deadline(started, len(self._buffer)))
-        with memoryview(self._buffer) as view:
-            body = bytes(view[:length])
-        del self._buffer[:length]
-        return body
+        return self._read_chunks(started) if length is None else self._read_exactly(length, started)
 
-    def _body_deadline(self, started: float, received: int) -> float:
-        """Return when more must have arrived: received bytes earn time, announced bytes do not."""
-        seconds: float = self._settings["BODY_SECONDS"] + received / self._settings["BODY_BYTES_PER_SECOND"]
-        return started + seconds
+    def _read_exactly(self, length: int, started: float, received: int = 0) -> bytes:
+        while len(self._buffer) < length:
+            self._receive(started, "BODY_SECONDS", received + len(self._buffer))
+        with memoryview(self._buffer) as view:
+            data = bytes(view[:length])
+        del self._buffer[:length]
+        return data
 
     def _read_chunks(self, started: float) -> bytes:
         """Decode a chunked body (RFC 9112, section 7.1); trailers are checked and dropped."""
         body, max_bytes = bytearray(), self._settings["MAX_BODY_BYTES"]
         while True:
-            deadline = self._body_deadline(started, len(body))
-            size = re.fullmatch(_CHUNK_SIZE, self._read_line(deadline))
+            size = re.fullmatch(_CHUNK_SIZE, self._read_line(started, len(body)))
             if size is None:
                 raise CspError(400, "The size of a chunk is malformed.")
             length = int(size[1], 16)
@@ -5595,48 +5577,43 @@ class RequestHandler(socketserver.BaseRequestHandler):
                 raise CspError(413, f"The body is larger than {max_bytes:,} bytes.")
             if length == 0:
                 break
-            while len(self._buffer) < length + 2:
-                self._receive(self._body_deadline(started, len(body) + len(self._buffer)))
-            if self._buffer[length:length + 2] != b"\r\n":
+            body += self._read_exactly(length + 2, started, len(body))
+            if not body.endswith(b"\r\n"):
                 raise CspError(400, "A chunk is longer than its size.")
-            with memoryview(self._buffer) as view:
-                body += view[:length]
-            del self._buffer[:length + 2]
+            del body[-2:]
         for _ in range(self._settings["MAX_HEADER_FIELDS"]):
-            line = self._read_line(deadline)
+            line = self._read_line(started, len(body))
             if not line:
                 return bytes(body)
             _parse_fields([line.decode("latin-1")])
         raise CspError(400, "There are too many trailers.")
 
-    def _read_line(self, deadline: float) -> bytes:
+    def _read_line(self, started: float, received: int) -> bytes:
         while True:
             end = self._buffer.find(b"\r\n", 0, MAX_CHUNK_LINE_BYTES)
             if end >= 0:
-                line = bytes(self._buffer[:end])
-                del self._buffer[:end + 2]
-                return line
+                return self._read_exactly(end + 2, started)[:-2]
             if len(self._buffer) >= MAX_CHUNK_LINE_BYTES:
                 raise CspError(400, "A line of a chunked body is too long.")
-            self._receive(deadline)
+            self._receive(started, "BODY_SECONDS", received)
 
     # -- sending
 
-    def _send(self, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
+    def _send(self, head: Head, response: Response, keeps_alive: bool) -> Tuple[int, bool]:
         """Send a response; return the number of bytes of its body and whether another request may follow."""
         body = response.body
         if not isinstance(body, (bytes, Pieces)):
-            return self._send_stream(response, body, keeps_alive)
+            return self._send_stream(head, response, body, keeps_alive)
         size, has_body = len(body), response.status not in (204, 304)
-        head = self._build_head(response, f"Content-Length: {size}\r\n" if has_body else "", keeps_alive)
-        if not has_body or (self._head is not None and self._head.method == "HEAD"):
+        first = self._build_head(head, response, f"Content-Length: {size}\r\n" if has_body else "", keeps_alive)
+        if not has_body or head.method == "HEAD":
             body, size = b"", 0
         if isinstance(body, bytes) and size < RECEIVE_BYTES:
-            self.connection.sendall(head + body)
+            self.connection.sendall(first + body)
             return size, keeps_alive
         # a deadline for the whole, because SO_SNDTIMEO starts anew whenever the client reads a little
         deadline = time.monotonic() + self._settings["SEND_SECONDS"] + size / self._settings["BODY_BYTES_PER_SECOND"]
-        for part in (head, body) if isinstance(body, bytes) else itertools.chain([head], body):
+        for part in itertools.chain([first], [body] if isinstance(body, bytes) else body):
             rest = memoryview(part)
             while rest:
                 rest = rest[self.connection.send(rest):]
@@ -5644,58 +5621,46 @@ class RequestHandler(socketserver.BaseRequestHandler):
                     raise _Disconnected
         return size, keeps_alive
 
-    def _send_stream(self, response: Response, body: Iterator[bytes], keeps_alive: bool) -> Tuple[int, bool]:
+    def _send_stream(self, head: Head, response: Response, body: Iterator[bytes],
+                     keeps_alive: bool) -> Tuple[int, bool]:
         """Send a body as it comes: chunked, or until the end of the connection for HTTP/1.0."""
-        is_head = self._head is not None and self._head.method == "HEAD"
-        is_chunked = self._head is not None and not self._head.is_http_1_0
-        keeps_alive, sent = keeps_alive and is_chunked, 0
+        is_chunked, sent = not head.is_http_1_0, 0
         try:
             framing = "Transfer-Encoding: chunked\r\n" if is_chunked else ""
-            self.connection.sendall(self._build_head(response, framing, keeps_alive))
-            for part in body if not is_head else ():
-                if part:
+            self.connection.sendall(self._build_head(head, response, framing, keeps_alive and is_chunked))
+            if head.method != "HEAD":
+                for part in filter(None, body):
                     sent += len(part)
                     self.connection.sendall(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
-            if is_chunked and not is_head:
-                self.connection.sendall(b"0\r\n\r\n")
+                self.connection.sendall(b"0\r\n\r\n" if is_chunked else b"")
         except (StreamBroken, Unavailable):
             return sent, False
         finally:
             getattr(body, "close", lambda: None)()
-        return sent, keeps_alive
+        return sent, keeps_alive and is_chunked
 
-    def _build_head(self, response: Response, framing: str, keeps_alive: bool) -> bytes:
+    def _build_head(self, head: Head, response: Response, framing: str, keeps_alive: bool) -> bytes:
         fields = _SECURITY_TEXT
         if response.headers:
-            lines = {**_SECURITY_LINES, **{name: "" for name, _ in response.headers}}
-            fields = "".join([f"{name}: {value}\r\n" for name, value in response.headers] + [*lines.values()])
-        is_http_1_0 = self._head is not None and self._head.is_http_1_0
-        connection = "" if keeps_alive != is_http_1_0 else f"Connection: {'keep-alive' if keeps_alive else 'close'}\r\n"
+            fields = "".join([f"{name}: {value}\r\n" for name, value in all_headers(response)])
+        connection = f"Connection: {'keep-alive' if keeps_alive else 'close'}\r\n"
         text = (f"HTTP/1.1 {response.status} {_REASONS.get(response.status, '')}\r\nServer: csp\r\n"
                 f"Date: {_http_date(int(time.time()))}\r\nContent-Type: {response.content_type}\r\n"
-                f"{framing}{connection}{fields}\r\n")
+                f"{framing}{connection if keeps_alive == head.is_http_1_0 else ''}{fields}\r\n")
         return text.encode("latin-1")
 
     def _linger(self) -> None:
         """Let the client read a refusal before the connection closes: closing with unread bytes resets it."""
         self.connection.shutdown(socket.SHUT_WR)
         deadline, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES
-        while time.monotonic() < deadline and left > 0:
-            try:
-                received = len(self.connection.recv(RECEIVE_BYTES))
-            except (BlockingIOError, socket.timeout):
-                return
-            left -= received or left
+        with suppress(BlockingIOError, socket.timeout):
+            while time.monotonic() < deadline and left > 0:
+                left -= len(self.connection.recv(RECEIVE_BYTES)) or left
 
 
 @functools.lru_cache(maxsize=4)
 def _http_date(second: int) -> str:
     return email.utils.formatdate(second, usegmt=True)
-
-
-@functools.lru_cache(maxsize=4)
-def _log_date(second: int) -> str:
-    return time.strftime("%d/%b/%Y:%H:%M:%S %z", time.localtime(second))
 
 
 class AccessLog:
@@ -5705,36 +5670,35 @@ class AccessLog:
     """
 
     def __init__(self) -> None:
-        self._lines: Deque[Tuple[Any, ...]] = deque()
+        self._requests: queue.SimpleQueue[Optional[Tuple[Any, ...]]] = queue.SimpleQueue()  # None at the end
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="csp-access", daemon=True)
         self._thread.start()
 
-    def add(self, address: str, head: Optional[Head], status: int, sent_bytes: int, started: float) -> None:
+    def add(self, address: str, head: Head, status: int, sent_bytes: int, started: float) -> None:
         """Add a request that was read at ``started`` (monotonic); any thread may call this."""
         if access_log.isEnabledFor(logging.INFO):
             seconds = time.monotonic() - started if started else 0.0
-            self._lines.append((time.time(), address, head, status, sent_bytes, seconds))
+            self._requests.put((address, head, status, sent_bytes, seconds))
 
     def _run(self) -> None:
-        is_last = False
-        while not is_last:
-            is_last = self._is_closed.wait(ACCESS_LOG_SECONDS)
+        while not self._is_closed.is_set():
+            requests = [self._requests.get()]
+            date = time.strftime("%d/%b/%Y:%H:%M:%S %z")
+            self._is_closed.wait(ACCESS_LOG_SECONDS)
+            requests += [self._requests.get() for _ in range(self._requests.qsize())]
             lines = []
-            for _ in range(len(self._lines)):
-                when, address, head, status, sent_bytes, seconds = self._lines.popleft()
-                words = "-"
-                if head is not None:
-                    path = head.target.partition("?")[0].replace('"', "%22")
-                    words = f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}"
-                line = f'{address} - - [{_log_date(int(when))}] "{words}" {status} {sent_bytes} {seconds * 1000:.1f}ms'
-                is_plain = line.isascii() and line.isprintable()
-                lines.append(line if is_plain else line.encode("unicode_escape").decode("ascii"))
+            for address, head, status, sent_bytes, seconds in filter(None, requests):
+                path = head.target.partition("?")[0].replace('"', "%22")
+                words = "-" if head is NO_HEAD else f"{head.method} {path} HTTP/1.{0 if head.is_http_1_0 else 1}"
+                line = f'{address} - - [{date}] "{words}" {status} {sent_bytes} {seconds * 1000:.1f}ms'
+                lines.append(line.encode("unicode_escape").decode("ascii"))
             if lines:
                 access_log.info("%s", "\n".join(lines))
 
     def close(self) -> None:
         self._is_closed.set()
+        self._requests.put(None)
         self._thread.join(1.0)  # longer only if nobody reads stderr
 
 
@@ -5746,29 +5710,24 @@ class Server(ThreadingHTTPServer):
     """
 
     request_queue_size = BACKLOG
-    daemon_threads = True
     allow_reuse_port = False
 
     def __init__(self, service: Service, host: Optional[str] = None, port: Optional[int] = None) -> None:
         self.service = service
         self.trust = ProxyTrust(service.settings["TRUSTED_PROXIES"])
         self.is_stopping = False
-        self._accepted: queue.SimpleQueue[Tuple[socket.socket, Any]] = queue.SimpleQueue()
-        self.lock = threading.Condition()  # guards the next four
-        self.handlers: Set[RequestHandler] = set()
-        self._connections = 0
-        self._per_address: Dict[str, int] = {}
+        self.lock = threading.Condition()  # guards the next two
+        self.handlers: Set[RequestHandler] = set()  # one for each connection
         self._spare_threads = 0
+        self._accepted: queue.SimpleQueue[RequestHandler] = queue.SimpleQueue()  # for spare threads
         host = service.settings["HOST"] if host is None else host
         port = service.settings["PORT"] if port is None else int(port)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            super().__init__((host, port), RequestHandler)
-        except OSError as error:
-            raise StartError(f"The address {host} port {port} cannot be used: {error.strerror}; "
+            super().__init__((host, port), socketserver.BaseRequestHandler)  # its handlers are not used
+        except (OSError, OverflowError) as error:
+            raise StartError(f"The address {host} port {port} cannot be used: {getattr(error, 'strerror', error)}; "
                              "choose another with --host or --port.") from None
-        except OverflowError:
-            raise StartError(f"The port {port} is not between 0 and 65535.") from None
         self.access = AccessLog()
         _closed_in_children.add(self)
         service.reachable_at(self.url)
@@ -5788,68 +5747,53 @@ class Server(ThreadingHTTPServer):
         return f"http://{host}:{self.server_port}/"
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        address, settings = client_address[0], self.service.settings
+        handler, settings = RequestHandler(self, request, client_address[0]), self.service.settings
         with self.lock:
-            of_address = self._per_address.get(address, 0)
-            is_full = (self._connections >= settings["MAX_CONNECTIONS"] and not self._close_an_idle_one()) or (
-                of_address >= settings["MAX_CONNECTIONS_PER_ADDRESS"] and not self.trust.is_trusted(address))
+            of_address = sum(other.address == handler.address for other in self.handlers)
+            is_full = (of_address >= settings["MAX_CONNECTIONS_PER_ADDRESS"]
+                       and not self.trust.is_trusted(handler.address))
+            if not is_full and len(self.handlers) >= settings["MAX_CONNECTIONS"]:  # one that is idle makes room
+                idle = [other for other in self.handlers if other.is_idle]
+                is_full = not idle or not min(idle, key=lambda other: other.idle_since).close_if_idle()
             if not is_full:
-                self._connections += 1
-                self._per_address[address] = of_address + 1
-            has_thread = self._spare_threads > 0
-            self._spare_threads -= has_thread and not is_full
-        if is_full:
-            self._refuse(request)
-        elif has_thread:
-            self._accepted.put((request, client_address))
-        else:
-            try:
-                threading.Thread(target=self._serve_connections, args=(request, client_address),
-                                 name="csp-connection", daemon=True).start()
-            except RuntimeError:  # no more threads
-                self._forget(address, spare_threads=0)
-                self._refuse(request)
-
-    def _close_an_idle_one(self) -> bool:
-        idle = [handler for handler in self.handlers if handler.is_idle]
-        return bool(idle) and min(idle, key=lambda handler: handler.idle_since).close_if_idle()
-
-    def _refuse(self, request: socket.socket) -> None:
+                self.handlers.add(handler)
+                if self._spare_threads > 0:
+                    self._spare_threads -= 1
+                    self._accepted.put(handler)
+                    return
+        try:
+            if not is_full:
+                threading.Thread(target=self._serve, args=(handler,), name="csp-connection", daemon=True).start()
+                return
+        except RuntimeError:  # no more threads
+            with self.lock:
+                self.handlers.discard(handler)
         with suppress(OSError):
             request.settimeout(0.1)
             request.sendall(_TOO_MANY_CONNECTIONS)
         self.shutdown_request(request)
 
-    def _serve_connections(self, request: Any, client_address: Any) -> None:
+    def _serve(self, handler: RequestHandler) -> None:
+        """Serve this connection and further ones, until none comes for a while."""
         while True:
+            handler.serve()
+            with suppress(OSError):
+                self.shutdown_request(handler.connection)
+            with self.lock:
+                self.handlers.discard(handler)
+                self._spare_threads += 1
+                self.lock.notify_all()
             try:
-                self.process_request_thread(request, client_address)
-            finally:
-                self._forget(client_address[0], spare_threads=1)
-            while True:
-                try:
-                    request, client_address = self._accepted.get(timeout=SPARE_THREAD_SECONDS)
-                    break
-                except queue.Empty:
-                    with self.lock:
-                        if self._spare_threads > 0:  # otherwise a connection is on its way to this thread
-                            self._spare_threads -= 1
-                            return
-
-    def _forget(self, address: str, spare_threads: int) -> None:
-        with self.lock:
-            self._connections -= 1
-            self._spare_threads += spare_threads
-            self._per_address[address] -= 1
-            if not self._per_address[address]:
-                del self._per_address[address]
-            self.lock.notify_all()
+                handler = self._accepted.get(timeout=SPARE_THREAD_SECONDS)
+            except queue.Empty:
+                with self.lock:
+                    if self._spare_threads > 0:
+                        self._spare_threads -= 1
+                        return
+                handler = self._accepted.get()  # process_request has just counted on this thread
 
     def close_in_child(self) -> None:
         self.socket.close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("a connection from %s failed", client_address[0])
 
     def stop(self, timeout_seconds: float) -> None:
         """Stop accepting, let running requests end, and close the other connections."""
@@ -5860,7 +5804,7 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             for handler in self.handlers:
                 handler.close_if_idle()
-            self.lock.wait_for(lambda: self._connections == 0, timeout_seconds)
+            self.lock.wait_for(lambda: not self.handlers, timeout_seconds)
         self.access.close()
 
 
@@ -5876,15 +5820,13 @@ class Wsgi:
             response = self._service.handle(self._read_request(environ))
         except CspError as error:
             response = Response.error(error)
-        headers = [("Content-Type", response.content_type), *response.headers]
-        names = {name for name, _ in headers}
-        headers += [(name, value) for name, value in SECURITY_HEADERS if name not in names]
-        if isinstance(response.body, (bytes, Pieces)):
-            headers.append(("Content-Length", str(len(response.body))))
+        headers, body = [("Content-Type", response.content_type), *all_headers(response)], response.body
+        if isinstance(body, (bytes, Pieces)):
+            headers.append(("Content-Length", str(len(body))))
         start_response(f"{response.status} {_REASONS.get(response.status, '')}", headers)
         if environ["REQUEST_METHOD"] == "HEAD":
             return []
-        return [response.body] if isinstance(response.body, bytes) else response.body
+        return [body] if isinstance(body, bytes) else body
 
     def _read_request(self, environ: Dict[str, Any]) -> Request:
         headers = {name[5:].replace("_", "-").lower(): str(value) for name, value in environ.items()
@@ -5896,11 +5838,12 @@ class Wsgi:
         length, max_bytes, body = environ.get("CONTENT_LENGTH") or "", self._service.settings["MAX_BODY_BYTES"], b""
         if not re.fullmatch("[0-9]{0,18}", length):
             raise CspError(400, "The Content-Length is not a number.")
-        if int(length or 0) <= max_bytes and (length or environ.get("wsgi.input_terminated")):
-            body = environ["wsgi.input"].read(int(length) if length else max_bytes + 1)
-        if max(len(body), int(length or 0)) > max_bytes:
+        announced = int(length or 0)
+        if announced <= max_bytes and (length or environ.get("wsgi.input_terminated")):
+            body = environ["wsgi.input"].read(announced if length else max_bytes + 1)
+        if max(len(body), announced) > max_bytes:
             raise CspError(413, f"The body is larger than {max_bytes:,} bytes.")
-        if len(body) < int(length or 0):
+        if len(body) < announced:
             raise CspError(400, "The body is shorter than its Content-Length.")
         return Request(environ["REQUEST_METHOD"], target, headers, body, address, scheme)
 
@@ -5931,8 +5874,8 @@ def configure_logging(settings: Settings) -> None:
 
         class LogFile(RotatingFileHandler):  # only its owner may read it
             def _open(self) -> Any:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                return os.fdopen(os.open(self.baseFilename, flags, 0o600), "a", encoding="utf-8")
+                return open(self.baseFilename, "a", encoding="utf-8",
+                            opener=lambda path, flags: os.open(path, flags, 0o600))
 
         try:
             handlers.append(LogFile(settings["LOG_FILE"], maxBytes=64 * 2**20, backupCount=5))
@@ -5940,7 +5883,6 @@ def configure_logging(settings: Settings) -> None:
             raise StartError(f"The log file {settings['LOG_FILE']} cannot be written: {error.strerror}.") from None
     if settings["ADMINS"]:
         from logging.handlers import SMTPHandler
-        import smtplib  # noqa: F401 - now, because the handler may need it when nothing can be imported any more
         mail = SMTPHandler("127.0.0.1", settings["FROM_EMAIL"], list(settings["ADMINS"]), f"{settings['NAME']}: error")
         mail.setLevel(logging.ERROR)
         handlers.append(mail)
@@ -5957,9 +5899,8 @@ def configure_logging(settings: Settings) -> None:
         log.warning("%s", doubt)
 
 
-def announce(server: Server, stream: TextIO) -> None:
-    service, settings = server.service, server.service.settings
-    types = service.registry.names()
+def announce(server: Server) -> None:
+    service, settings, types = server.service, server.service.settings, server.service.registry.names()
     password = (f"password {service.auth.generated_password} (for this run; set PASSWORD to keep one)"
                 if service.auth.generated_password else f"with your PASSWORD, at {server.url}login")
     lines = [f"{settings['NAME']} (csp.py {__version__}) at {server.url}",
@@ -5967,23 +5908,19 @@ def announce(server: Server, stream: TextIO) -> None:
              f"Database:  {os.path.abspath(service.database) if service.database else 'in memory, gone at the end'}",
              f"Log in:    user {settings['USERNAME']}, {password}"]
     if types:
-        synchronous = [name for name in types if (job_type := service.registry.get(name)) and job_type.synchronous]
-        name = "echo" if "echo" in types else (synchronous or types)[0]
-        api_key = "one of API_KEYS" if settings["API_KEYS"] else "any"
-        example = to_json({"job_type": name, "api_key": api_key, "data": "hello"})
+        example = to_json({"job_type": "echo" if "echo" in types else types[0],
+                           "api_key": "one of API_KEYS" if settings["API_KEYS"] else "any", "data": "hello"})
         lines.append(f"Try it:    curl -H 'Content-Type: application/json' -d '{example}' {server.url}job")
-    print("\n".join(lines), file=stream, flush=True)
+    print("\n".join(lines), flush=True)
 
 
 class Signals:
     """SIGINT and SIGTERM: the first ends ``wait``, the second ends the process at once. Main thread only."""
 
-    WANTED = (signal.SIGINT, signal.SIGTERM)
-
     def __init__(self) -> None:
         self._received: queue.SimpleQueue[int] = queue.SimpleQueue()  # unlike Event, safe to use in a signal handler
         self._is_stopping = False
-        for number in self.WANTED:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
         _closed_in_children.add(self)
 
@@ -5999,7 +5936,7 @@ class Signals:
                 self._received.get(timeout=1.0)  # Python handles a signal that another thread got when this one moves
 
     def close_in_child(self) -> None:
-        for number in self.WANTED:
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -6029,7 +5966,7 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
         raise
     signals = Signals()
     threading.Thread(target=server.serve_forever, args=(0.1,), name="csp-accept", daemon=True).start()
-    announce(server, sys.stdout)
+    announce(server)
     signals.wait()
     log.info("stopping; running jobs have %g seconds", settings["GRACE_SECONDS"])
     deadline = time.monotonic() + settings["GRACE_SECONDS"]
@@ -6037,26 +5974,22 @@ def serve(settings: Settings, registry: Registry, host: Optional[str] = None, po
     is_done = service.close(max(0.0, deadline - time.monotonic()))
     if not is_done:
         log.warning("jobs are still running; they will run again after the next start")
-    _end_process_if_held(is_done)
-    return 0
-
-
-def _end_process_if_held(is_done: bool) -> None:
-    """End the process now if jobs or callbacks go on: the interpreter would wait for them, maybe forever."""
+    # the interpreter would wait for jobs and callbacks that go on, maybe forever
     multiprocessing = sys.modules.get("multiprocessing")
     children = multiprocessing.active_children() if multiprocessing else []
-    threads = [thread for thread in threading.enumerate()
-               if thread.name.startswith(("csp-job", "csp-process", "csp-callback"))]
+    holders = [thread for thread in threading.enumerate()
+               if thread.name.startswith(("csp-job", "csp-process", "csp-callback"))] + children
     deadline = time.monotonic() + 0.5
-    for holder in (*threads, *children):
+    for holder in holders:
         holder.join(max(0.0, deadline - time.monotonic()))
-    if not is_done or any(holder.is_alive() for holder in (*threads, *children)):
+    if not is_done or any(holder.is_alive() for holder in holders):
         for child in children:
             with suppress(OSError):
                 os.kill(child.pid, SIGKILL)  # not every kind of child has a method for it
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -6064,34 +5997,6 @@ def _end_process_if_held(is_done: bool) -> None:
 #
 # One file is module and package, as os is with os.path: ``import csp.job as job`` finds the module in sys.modules.
 # ---------------------------------------------------------------------------------------------------------------------
-
-class ClientAnswer(NamedTuple):
-    status_code: int
-    data: bytes
-    headers: Dict[str, str]
-
-
-class ApplicationClient:
-    """Sends requests to an application without a socket, for the tests of projects that use it."""
-
-    def __init__(self, application: Application) -> None:
-        self._application = application
-        self.get = functools.partial(self._open, "GET")
-        self.post = functools.partial(self._open, "POST")
-        self.delete = functools.partial(self._open, "DELETE")
-
-    def _open(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
-              headers: Optional[Mapping[str, str]] = None, content_type: Optional[str] = None) -> ClientAnswer:
-        fields = {name.lower(): value for name, value in (headers or {}).items()}
-        if isinstance(data, collections.abc.Mapping):
-            content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
-        if content_type is not None:
-            fields["content-type"] = content_type
-        body = data.encode("utf-8") if isinstance(data, str) else data
-        response = self._application.service.handle(Request(method, path, {"host": "localhost", **fields}, body))
-        content = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-        return ClientAnswer(response.status, content, {"Content-Type": response.content_type, **dict(response.headers)})
-
 
 class Application:
     """What ``web.app`` is: the settings, a way to serve the registered jobs, and a WSGI application.
@@ -6118,7 +6023,7 @@ class Application:
 
     def __call__(self, environ: Dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         try:
-            service = self.service
+            return Wsgi(self.service)(environ, start_response)
         except StartError as error:
             if str(error) != self._trouble:
                 self._trouble = str(error)
@@ -6127,10 +6032,25 @@ class Application:
             start_response("503 Service Unavailable", [
                 ("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Retry-After", "30")])
             return [body]
-        return Wsgi(service)(environ, start_response)
 
-    def test_client(self) -> ApplicationClient:
-        return ApplicationClient(self)
+    def _request(self, method: str, path: str, data: Union[str, bytes, Mapping[str, str]] = b"",
+                 headers: Optional[Mapping[str, str]] = None,
+                 content_type: Optional[str] = None) -> types.SimpleNamespace:
+        fields = {"host": "localhost", **{name.lower(): value for name, value in (headers or {}).items()}}
+        if isinstance(data, collections.abc.Mapping):
+            content_type, data = "application/x-www-form-urlencoded", urllib.parse.urlencode(data)
+        if content_type is not None:
+            fields["content-type"] = content_type
+        body = data.encode("utf-8") if isinstance(data, str) else data
+        response = self.service.handle(Request(method, path, fields, body))
+        content = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+        return types.SimpleNamespace(status_code=response.status, data=content, headers={
+            "Content-Type": response.content_type, **dict(response.headers)})
+
+    def test_client(self) -> types.SimpleNamespace:
+        """Return what sends requests to this application without a socket, for the tests of projects that use it."""
+        return types.SimpleNamespace(**{
+            method: functools.partial(self._request, method.upper()) for method in ("get", "post", "delete")})
 
     def run(self, host: Optional[str] = None, port: Union[int, str, None] = None, **options: Any) -> None:
         try:
@@ -6159,8 +6079,7 @@ web = _make_module("web", "The service.", app=_application, init=config.load, co
 # ---------------------------------------------------------------------------------------------------------------------
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.",
-                                     add_help=False)
+    parser = argparse.ArgumentParser(prog="csp.py", description="Serve Python functions as jobs over HTTP.")
     group = parser.add_argument_group("what to serve")
     group.add_argument("--jobs", action="append", default=[], metavar="MODULE",
                        help="a module name or a .py file with job functions; may be repeated")
@@ -6175,21 +6094,20 @@ def _build_parser() -> argparse.ArgumentParser:
     group.add_argument("--hash-password", action="store_true", help="make a hash for the setting PASSWORD, and exit")
     group.add_argument("--version", action="version", version=f"csp.py {__version__}",
                        help="show the version, and exit")
-    group.add_argument("-h", "--help", action="help", help="show this help, and exit")
     return parser
 
 
 def _run_once(arguments: Sequence[str]) -> int:
-    name, data = arguments[0], arguments[1] if len(arguments) > 1 else None
+    name, *texts = arguments
     job_type = registry.get(name)
-    if len(arguments) > 2:
+    if len(texts) > 1:
         raise StartError("--run takes a job type and its data as one JSON text; put that into quotes.")
     if job_type is None:
         raise StartError(f"There is no job type {name}; there are: {', '.join(registry.names()) or 'none'}.")
     input: Dict[str, Any] = {"job_type": name, "api_key": "none"}
     try:
-        if data is not None:
-            input["data"] = from_json((sys.stdin.read() if data == "-" else data).encode("utf-8", "surrogateescape"))
+        for text in texts:
+            input["data"] = from_json((sys.stdin.read() if text == "-" else text).encode("utf-8", "surrogateescape"))
     except ValueError as error:
         raise StartError(f"The data for --run is not JSON: {error}.") from None
 
