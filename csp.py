@@ -3660,7 +3660,10 @@ class Router:
         methods = self._methods.get(segments)
         if methods is None and len(segments) > 1:
             methods = self._methods.get((segments[0], None, *segments[2:]))
-            arguments = [urllib.parse.unquote(segments[1] or "", errors="surrogateescape")]  # no id has a surrogate
+            try:
+                arguments = [urllib.parse.unquote(segments[1] or "", errors="strict")]
+            except UnicodeDecodeError:
+                methods = None
         if methods is None:
             raise CspError(404, "There is nothing at this address; GET / says where the documentation is.")
         route = methods.get("GET" if request.method == "HEAD" else request.method)
