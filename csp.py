@@ -37,7 +37,7 @@ import contextvars
 import email.utils
 import functools
 import html
-import http.client
+import http
 import importlib
 import io
 import ipaddress
@@ -65,7 +65,17 @@ from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecu
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing, contextmanager, suppress
 from _operator import _compare_digest as compare_digest  # hmac's, without the 3.6 MB of OpenSSL that hmac loads
-from http.server import ThreadingHTTPServer
+
+# http.server imports http.client, and that imports ssl: 4 MB that few services need. As a program of its own this one
+# does without; who imports one of the three later, in a job for instance, gets all of it.
+_is_program = __name__ == "__main__" and not sys.modules.keys() & {"ssl", "http.client"}
+if _is_program:
+    sys.modules["ssl"] = None  # type: ignore[assignment]  # as if this Python had none
+from http.server import ThreadingHTTPServer  # noqa: E402
+if _is_program:
+    for _name in ("ssl", "http.client", "http.server"):
+        del sys.modules[_name]
+    del http.client, http.server
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing and its NamedTuple would take a twentieth of the start
@@ -2176,6 +2186,7 @@ def _make_opener(policy: CallbackPolicy, ssl_verify: bool,
 
     Puts into ``sockets``, by thread, when the attempt has to end (monotonic) and its connection.
     """
+    import http.client
     import urllib.request
 
     @functools.lru_cache(maxsize=None)
@@ -2659,6 +2670,7 @@ class Reporter(Run):
 
     def report(self) -> Optional[bool]:
         """Send what is new; return whether the run goes on, None if the service has not answered."""
+        import http.client
         with self._lock:
             output = self.peek()
             body = to_json(self._describe(output)).encode("utf-8")

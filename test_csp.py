@@ -5833,6 +5833,22 @@ def command(tmp_path):
 class TestCommandLine:
     """What people type, and what they get."""
 
+    def test_openssl_is_loaded_when_it_is_needed_and_jobs_find_complete_modules(self, launch):
+        client = launch("""
+            import sys
+            import csp.job as job
+            loaded = sorted({"ssl", "_ssl", "http.client", "http.server"} & set(sys.modules))
+
+            @job.synchronous
+            def look(task_id, input):
+                import http.server
+                from http import client
+                server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+                server.server_close()
+                return [loaded, client.HTTPSConnection.__module__, server.socket.fileno()]
+            """).client
+        assert client.submit("look")["data"] == [[], "http.client", -1]
+
     def test_the_banner_says_what_runs_where_and_its_curl_line_works(self, launch, command, tmp_path):
         server = launch(DOCUMENTED_MODULE, "--name", "my jobs")
         text = "".join(server.banner)

@@ -729,6 +729,8 @@ def play(file):
 
 def compare(old, new, path, notes):
     """Yield the differences between two values; append sentences that may differ to ``notes``."""
+    if path.endswith("/report.post.security"):
+        return  # only the token of a run opens that route; the first edition's description named logins, too
     if isinstance(old, dict) and isinstance(new, dict):
         for key in sorted(set(old) | set(new), key=str):
             if key not in old or key not in new:
