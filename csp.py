@@ -73,9 +73,7 @@ if _is_program:
     sys.modules["ssl"] = None  # type: ignore[assignment]  # as if this Python had none
 from http.server import ThreadingHTTPServer  # noqa: E402
 if _is_program:
-    for _name in ("ssl", "http.client", "http.server"):
-        del sys.modules[_name]
-    del http.client, http.server
+    del sys.modules["ssl"], sys.modules["http.client"], sys.modules["http.server"], http.client, http.server
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # importing typing and its NamedTuple would take a twentieth of the start
