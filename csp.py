@@ -1162,29 +1162,41 @@ _FROM_PREDECESSOR = (
 
 
 class Database:
-    """An open database: the writer's connection, and the lock that keeps other servers out. ``path`` None: in memory.
+    """An open database: the writer's connection, and the locks that keep others out. ``path`` None: in memory.
 
-    Raises StartError, with the file untouched, if it is not ours, not readable, or in use.
+    Raises StartError, with the file untouched, if it is not ours, not readable, or in use. The lock comes first: whoever
+    closes a file drops all POSIX locks of its process on it, SQLite's too (sqlite.org/howtocorrupt.html, section 2.2).
+    So do jobs that read the database: on Linux, SQLite's shared locks are held a second time, as locks of an open file
+    description, which only their own descriptor can drop (man 2 fcntl).
     """
 
     def __init__(self, path: Optional[str]) -> None:
         self.path = path
-        self._lock: Optional[int] = None
+        self._locked: Dict[str, int] = {}  # descriptors by path
+        self._identities: Dict[str, Tuple[int, int]] = {}  # device and inode by path
         try:
             if path is not None:
-                _check_file(path)
-                self._lock = _lock_file(path)
+                self._lock(path)
                 _closed_in_children.add(self)
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # -wal and -shm get the mode of this file
-                os.chmod(path, 0o600)
+                _check_file(path)
+                with suppress(PermissionError):  # another owner's file, which we may nevertheless write
+                    os.chmod(path, 0o600)  # -wal and -shm get the mode of this file
             self.connection = self.connect()
             self.connection.execute("PRAGMA journal_mode = WAL")
-            if self.connection.execute("PRAGMA user_version").fetchone()[0] < SCHEMA_VERSION:
+            version = self.connection.execute("PRAGMA user_version").fetchone()[0]
+            if version < SCHEMA_VERSION:
                 _migrate(self.connection)
+            else:  # this fails if SQLite could open the file for reading only
+                self.connection.execute(f"PRAGMA user_version = {version}")
+            if path is not None:
+                self._lock_again(path)
         except (OSError, sqlite3.Error) as error:
-            self.unlock()
+            self._unlock()
             reason = error.strerror if isinstance(error, OSError) else error
             raise StartError(f"The database {path} cannot be opened: {reason}.") from None
+        except StartError:
+            self._unlock()
+            raise
 
     def connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path or ":memory:", timeout=BUSY_SECONDS, isolation_level=None,
@@ -1194,12 +1206,91 @@ class Database:
             connection.execute(f"PRAGMA {pragma}")
         return connection
 
-    def unlock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def check_names(self) -> None:
+        """Raise OSError if a path names another file now: what is written to the old one would be lost."""
+        for path, identity in self._identities.items():
+            try:
+                found = os.stat(path)
+            except FileNotFoundError:
+                found = None
+            if found is None or (found.st_dev, found.st_ino) != identity:
+                raise OSError(f"{path} was renamed, deleted or replaced while it was in use")
 
-    close_in_child = unlock  # a job's own child process must not hold the lock when the service has died
+    def close(self, connections: Iterable[sqlite3.Connection]) -> None:
+        """Close the connections, all that there are: with the last one SQLite folds the WAL into the file."""
+        for descriptor in self._locked.values() if LOCK_DESCRIPTION is not None else ():
+            _lock_range(descriptor, 0, 0, is_locked=False)
+        for connection in connections:
+            connection.close()
+        self._unlock()
+
+    def close_in_child(self) -> None:
+        """Let go in a child process of a job: it must not hold the lock when the service has died."""
+        for descriptor in self._locked.values():
+            os.close(descriptor)
+        self._locked = {}
+
+    def _unlock(self) -> None:
+        self.close_in_child()
+        _databases.difference_update(self._identities.values())
+
+    def _lock(self, path: str) -> None:
+        """Lock the file, whatever its name; or one beside it where flock gets in the way of SQLite's own locks."""
+        if os.path.isdir(path):
+            raise StartError(f"The database {path} is not a file that may be read and written.")
+        locked = path if LOCK_DESCRIPTION is not None else path + ".lock"
+        with _opening:
+            if os.path.exists(locked) and _identify(os.stat(locked)) in _databases:
+                raise StartError(_IN_USE.format(path=path, process=os.getpid()))
+            descriptor = os.open(locked, os.O_RDWR | os.O_CREAT, 0o600)
+            self._identities[locked] = identity = _identify(os.fstat(descriptor))
+            self._locked[locked] = descriptor
+            try:
+                import fcntl
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # Windows: SQLite's own locks have to do
+                pass
+            except BlockingIOError:
+                self._identities = {}
+                raise StartError(_IN_USE.format(path=path, process=_find_owner(identity))) from None
+            except OSError as error:
+                raise StartError(f"The database {path} cannot be locked ({error.strerror}); put it on a local disk."
+                                 ) from None
+            _databases.add(identity)
+
+    def _lock_again(self, path: str) -> None:
+        self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # makes SQLite open all three files
+        self._identities = {name: _identify(os.stat(name)) for name in (path, path + "-wal")}
+        if LOCK_DESCRIPTION is not None:
+            self._locked[path + "-shm"] = os.open(path + "-shm", os.O_RDWR)
+            _lock_range(self._locked[path], 0x40000002, 510)  # sqlite.org/src: SHARED_FIRST, SHARED_SIZE in os.h
+            _lock_range(self._locked[path + "-shm"], 128, 1)  # UNIX_SHM_DMS in os_unix.c
+
+
+LOCK_DESCRIPTION = 37 if sys.platform.startswith("linux") else None  # F_OFD_SETLK; in fcntl from Python 3.9 on
+_IN_USE = ("The database {path} is in use by another csp server, process {process}; stop it first, or choose another "
+           "file with --db.")
+_opening = threading.Lock()  # guards the next: a file must not be opened twice by one process
+_databases: Set[Tuple[int, int]] = set()
+
+
+def _identify(status: os.stat_result) -> Tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _find_owner(identity: Tuple[int, int]) -> str:
+    """Return the id of the process that has locked the file, as far as the system tells."""
+    with suppress(OSError, IndexError), open("/proc/locks", encoding="ascii") as file:
+        for words in map(str.split, file):
+            if words[1] == "FLOCK" and words[5].endswith(f":{identity[1]}"):
+                return words[4]
+    return "unknown"
+
+
+def _lock_range(descriptor: int, start: int, length: int, is_locked: bool = True) -> None:
+    import fcntl
+    kind = fcntl.F_RDLCK if is_locked else fcntl.F_UNLCK
+    fcntl.fcntl(descriptor, LOCK_DESCRIPTION or 0, struct.pack("hhqqi", kind, os.SEEK_SET, start, length, 0))
 
 
 _closed_in_children: weakref.WeakSet[Any] = weakref.WeakSet()  # objects with a method ``close_in_child``
@@ -1214,32 +1305,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _lock_file(path: str) -> int:
-    """Return the descriptor of a lock that dies with this process; raise StartError if another one holds it."""
-    descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        import fcntl
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:  # Windows: SQLite's own locks have to do
-        pass
-    except OSError:
-        owner = os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown"
-        os.close(descriptor)
-        raise StartError(f"The database {path} is in use by another csp server, process {owner}; "
-                         "stop it first, or choose another file with --db.") from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-    return descriptor
-
-
 def _check_file(path: str) -> None:
-    """Raise StartError, with the file untouched, unless it is missing, empty, ours or the predecessor's."""
-    if not os.path.exists(path):
-        return
+    """Raise StartError, with the file untouched, unless it is empty, ours or the predecessor's."""
+    has_journal = os.path.exists(os.path.realpath(path) + "-journal")  # of a commit that SQLite has to undo first
     with open(path, "rb") as file:
-        if file.read(16) not in (b"", b"SQLite format 3\0"):  # SQLite itself takes a very short file for a new database
+        if file.read(16) not in (b"", b"SQLite format 3\0") and not has_journal:  # SQLite takes short files for empty
             raise StartError(f"The file {path} is not a database; choose another with --db.")
-    connection = sqlite3.connect(f"file:{urllib.parse.quote(os.path.abspath(path))}?mode=ro", uri=True)
+    mode = "rw" if has_journal else "ro"
+    connection = sqlite3.connect(f"file:{urllib.parse.quote(os.path.abspath(path))}?mode={mode}", uri=True)
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         owner = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -1462,7 +1535,7 @@ class Store:
             # the number of a new job: higher than all before, never used twice by one process
             self.take_seq: Callable[[], int] = itertools.count(last_seq + 1).__next__
         except (OSError, sqlite3.Error, Unavailable) as error:
-            self._database.unlock()
+            self._database.close([])
             raise StartError(f"The database {path} cannot be opened: {error}.") from None
         self._writer = threading.Thread(target=self._run_writer, name="csp-writer", daemon=True)
         self._writer.start()
@@ -1476,10 +1549,11 @@ class Store:
             self._queue.put(None)
         self.release()
         self._writer.join()
-        for pool in (self._writers, self._readers):  # SQLite folds the WAL into the file when the last one is closed
+        connections = []
+        for pool in (self._writers, self._readers):
             while not pool.empty():
-                pool.get().close()
-        self._database.unlock()
+                connections.append(pool.get())
+        self._database.close(connections)
 
     # -- the writer
 
@@ -1558,6 +1632,7 @@ class Store:
     def _run_transaction(self, batch: List[Write]) -> Transaction:
         with _borrowed(self._writers) as connection:
             transaction = Transaction(connection)
+            self._database.check_names()
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 for write in batch:
@@ -1580,6 +1655,7 @@ class Store:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+            self._database.check_names()
             return transaction
 
     def _publish(self, transaction: Transaction) -> None:
@@ -1606,7 +1682,7 @@ class Store:
         with _borrowed(self._readers) as connection:
             try:
                 return connection.execute(statement, values).fetchall()
-            except sqlite3.OperationalError as error:
+            except sqlite3.DatabaseError as error:
                 raise Unavailable(f"The database cannot be read ({error}); try again.") from None
 
     def _read_jobs(self, condition: str, values: Sequence[Any] = (), columns: str = WHOLE) -> List[Job]:

@@ -63,6 +63,7 @@ csp = importlib.import_module("csp")
 PROGRAM = HERE / "csp.py"
 PATIENCE_SECONDS = 30.0  # how long anything may take before a test fails; nothing sleeps for it
 IN_CI = bool(os.environ.get("CI"))
+linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def eventually(condition, timeout_seconds=PATIENCE_SECONDS):
@@ -2464,15 +2465,15 @@ class TestOpening:
                 modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp_path.iterdir()}
         finally:
             os.umask(before)
-        assert modes == dict.fromkeys(["jobs.db", "jobs.db-wal", "jobs.db-shm", "jobs.db.lock"], "0o600")
+        assert modes == dict.fromkeys(["jobs.db", "jobs.db-wal", "jobs.db-shm"], "0o600")
 
     def test_every_connection_is_durable_and_checks_references(self, tmp_path):
         database = csp.Database(str(tmp_path / "jobs.db"))
-        with contextlib.closing(database.connection), contextlib.closing(database.connect()) as another:
-            for connection in (database.connection, another):
-                names = ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
-                assert [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == ["wal", 2, 1, 1]
-        database.unlock()
+        connections = [database.connection, database.connect()]
+        for connection in connections:
+            names = ("journal_mode", "synchronous", "foreign_keys", "secure_delete")
+            assert [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in names] == ["wal", 2, 1, 1]
+        database.close(connections)
 
     def test_a_second_service_on_one_file_is_refused_and_names_the_first(self, store, tmp_path):
         with pytest.raises(csp.StartError, match=f"process {os.getpid()}") as refusal:
@@ -2483,7 +2484,7 @@ class TestOpening:
     def test_closing_leaves_one_file_with_everything_in_it(self, tmp_path):
         with stored_in(tmp_path / "jobs.db") as store:
             jobs = [add_job(store, f"job-{number}", metadata='{"a": [1]}', api_key=1.5) for number in range(5)]
-        assert {file.name for file in tmp_path.iterdir()} == {"jobs.db", "jobs.db.lock"}
+        assert {file.name for file in tmp_path.iterdir()} == {"jobs.db"}
         shutil.copy(str(tmp_path / "jobs.db"), str(tmp_path / "copy.db"))
         with stored_in(tmp_path / "copy.db") as store:
             assert [store.get_job(job.job_id) for job in jobs] == jobs
@@ -2505,7 +2506,7 @@ class TestOpening:
             add_job(store, "a")
         with stored_in(tmp_path / name) as store:
             assert store.get_job("a").job_id == "a"
-        assert {file.name for file in tmp_path.iterdir()} == {name, name + ".lock"}
+        assert {file.name for file in tmp_path.iterdir()} == {name}
 
     # -- files that are not ours
 
@@ -2526,14 +2527,13 @@ class TestOpening:
         elif isinstance(content, int):
             csp.Store(str(path)).close()
             make_database(path, f"PRAGMA user_version = {content}")
-            path.with_name("jobs.db.lock").unlink()
         else:
             make_database(path, *content)
         before = (path.read_bytes(), path.stat().st_mode)
         with pytest.raises(csp.StartError, match=sentence) as refusal:
             csp.Store(str(path))
         assert re.fullmatch(r"The (file|database) .+\.", str(refusal.value)) and str(path) in str(refusal.value)
-        assert (path.read_bytes(), path.stat().st_mode) == before and not (tmp_path / "jobs.db.lock").exists()
+        assert (path.read_bytes(), path.stat().st_mode) == before
 
     @pytest.mark.parametrize("path", ["no/such/directory/jobs.db", "."], ids=["no directory", "a directory"])
     def test_a_path_that_can_be_no_database_is_refused(self, tmp_path, path):
@@ -2654,6 +2654,166 @@ class TestOpening:
             csp.Store(str(path))
         values = [rows_of(path, f"PRAGMA {name}") for name in ("user_version", "application_id")]
         assert dump(path) == before and values == [[(0,)]] * 2
+
+
+KEPT_MODULE = """
+    import os, shutil, time
+    import csp.job as job
+    from csp import web
+
+    @job.asynchronous
+    def work(task_id, input):
+        return input.get("data")
+
+    @job.asynchronous
+    def touch(task_id, input):
+        how, path = input["data"]
+        if how == "copy":
+            for end in ("", "-wal", "-shm"):
+                shutil.copy(path + end, path + end + ".copy")
+        elif how == "read":
+            for end in ("", "-wal", "-shm", ""):
+                with open(path + end, "rb") as file:
+                    file.read()
+        elif how == "sqlite":
+            import sqlite3
+            connection = sqlite3.connect(path)
+            connection.execute("SELECT count(*) FROM jobs").fetchone()
+            connection.close()
+        elif how == "second service":
+            try:
+                web.app.test_client().get("/status")
+            except Exception as error:
+                return type(error).__name__
+
+    @job.asynchronous
+    def wait(task_id, input):
+        while not os.path.exists(input["data"]):
+            time.sleep(0.02)
+"""
+# What another program does with a database that a service has open: it believes to be the last to close it.
+OUTSIDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1])
+with sqlite3.connect(sys.argv[1] + ".backup") as copy:
+    connection.backup(copy)
+copy.close()
+connection.close()
+"""
+
+
+def run_outsider(path):
+    subprocess.run([sys.executable, "-c", OUTSIDER, str(path)], check=True, timeout=PATIENCE_SECONDS)
+
+
+class TestKept:
+    """What was acknowledged stays, whatever jobs, other programs and the disk do to the file."""
+
+    @linux_only
+    @pytest.mark.parametrize("how", ["copy", "read", "sqlite", "second service"])
+    def test_a_job_that_opens_the_database_does_not_cost_what_follows(self, launch, tmp_path, how):
+        server, path = launch(KEPT_MODULE), tmp_path / "jobs.db"
+        server.client.finish(server.client.submit("touch", [how, str(path)]))
+        jobs = [server.client.submit("work", 0)]
+        for number in range(1, 5):
+            run_outsider(path)
+            jobs.append(server.client.submit("work", number))
+            server.client.finish(server.client.submit("touch", [how, str(path)]))
+        for job in jobs:
+            server.client.finish(job)
+        server.kill()
+        client = launch(KEPT_MODULE).client
+        assert [client.finish(job)["data"] for job in jobs] == list(range(5))
+        assert rows_of(path, "PRAGMA integrity_check") == [("ok",)]
+
+    @pytest.mark.parametrize("is_torn", [False, True], ids=["", "torn first page"])
+    @pytest.mark.parametrize("what", ["new", "predecessor"])
+    def test_a_process_that_died_in_a_commit_of_the_first_start_keeps_nobody_from_starting(
+            self, start, tmp_path, what, is_torn):
+        path = tmp_path / "jobs.db"
+        if what == "predecessor":
+            make_predecessor(path)
+        else:
+            make_database(path, "PRAGMA user_version = 0", "CREATE TABLE a (x)", "DROP TABLE a")
+        before = path.read_bytes()
+        spoil = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 2")
+connection.execute("PRAGMA cache_spill = 2")
+connection.execute("BEGIN EXCLUSIVE")
+for number in range(50):
+    connection.execute(f"CREATE TABLE spoiled_{number} (x)")
+    connection.execute(f"INSERT INTO spoiled_{number} VALUES (zeroblob(10000))")
+os.kill(os.getpid(), 9)
+"""
+        subprocess.run([sys.executable, "-c", spoil, str(path)], timeout=PATIENCE_SECONDS)
+        assert (tmp_path / "jobs.db-journal").stat().st_size > 512 and path.read_bytes() != before
+        if is_torn:
+            with open(path, "r+b") as file:
+                file.write(b"\0" * 512)
+        running = start()
+        assert running.client.finish(running.client.submit("async_echo", "a"))["data"] == ">a"
+        assert running.client.get("/status").json["stats"]["complete"] >= (3 if what == "predecessor" else 1)
+        assert not rows_of(path, "SELECT name FROM sqlite_master WHERE name LIKE 'spoiled%'")
+
+    @linux_only
+    @pytest.mark.parametrize("how", ["renamed", "deleted", "replaced", "wal deleted"])
+    def test_a_file_that_has_lost_its_name_takes_no_more_jobs(self, launch, tmp_path, how):
+        server, path = launch(KEPT_MODULE), tmp_path / "jobs.db"
+        server.client.finish(server.client.submit("work", 1))
+        spare = tmp_path / "spare"
+        lost = path.with_name("jobs.db-wal") if how == "wal deleted" else path
+        lost.rename(spare)
+        if how == "replaced":
+            shutil.copy(str(spare), str(path))
+        body = {"job_type": "work", "api_key": "k", "data": 2}
+        for _ in range(3):
+            answer = server.client.post("/job", body)
+            assert answer.status == 503 and answer.headers["Retry-After"] and "jobs.db" in answer.error
+        log = server.log.read_text()
+        assert log.count("jobs.db") >= 1 and "Traceback" not in log
+        spare.replace(lost)
+        job = eventually(lambda: (answer := server.client.post("/job", body)).status == 200 and answer.json)
+        assert server.client.finish(job)["data"] == 2
+
+    @linux_only
+    @pytest.mark.parametrize("how", ["symbolic link", "hard link", "other spelling", "lock removed"])
+    def test_one_database_has_one_server_under_whatever_name(self, launch, tmp_path, how):
+        server, path = launch(KEPT_MODULE), tmp_path / "jobs.db"
+        job = server.client.submit("wait", str(tmp_path / "go on"))
+        eventually(lambda: server.client.show(job)["started_timestamp"])
+        (tmp_path / "other").mkdir()
+        other = tmp_path / "other" / "name.db"
+        if how == "symbolic link":
+            other.symlink_to(path)
+        elif how == "hard link":
+            os.link(str(path), str(other))
+        elif how == "other spelling":
+            other = tmp_path / "other" / ".." / "jobs.db"
+        else:
+            other = path
+            with contextlib.suppress(FileNotFoundError):
+                (tmp_path / "jobs.db.lock").unlink()
+        second = run_command("--jobs", "my_jobs", "--db", other, "--port", 0, cwd=tmp_path)
+        assert second.returncode == 2 and re.fullmatch(r"csp: The database .+ is in use by another .+\n", second.stderr)
+        (tmp_path / "go on").touch()
+        shown = server.client.finish(job)
+        assert (shown["status"], shown["attempts"]) == ("complete", 1)
+
+    @linux_only
+    def test_a_refused_second_service_in_the_process_touches_nothing(self, start, tmp_path):
+        running = start()
+        job = running.client.submit("async_echo", "a")
+        running.client.finish(job)
+        for name in ("jobs.db", "link.db"):
+            if name == "link.db":
+                (tmp_path / name).symlink_to(tmp_path / "jobs.db")
+            with pytest.raises(csp.StartError, match="in use"):
+                csp.Service(csp.Settings({**SETTINGS, "SQLALCHEMY_DATABASE_URI": str(tmp_path / name)}))
+        run_outsider(tmp_path / "jobs.db")
+        assert (tmp_path / "jobs.db-wal").exists()
+        assert running.client.submit("echo", "b")["data"] == ">b"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3181,7 +3341,6 @@ def thread_count(pid):
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 ECHO_MODULE = """
     import logging, resource
