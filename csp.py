@@ -591,7 +591,6 @@ MAX_ATTEMPTS = 3  # a job that kills the whole process must not do so forever
 LARGE_CHARACTERS = 2**20  # longer texts have a row of their own and are sent in pieces of this size
 BACKOFF_SECONDS = (1.0, 300.0)  # first and longest pause before an attempt is repeated; doubled each time,
 BACKOFF_JITTER = 1.5  # and multiplied by up to this
-LONGEST_BACKOFF_SECONDS = BACKOFF_SECONDS[1] * BACKOFF_JITTER
 AFTER_CRASH, AFTER_STOP = 0.0, 1.0  # run_at (epoch seconds) of a job to run again: before everything else that waits
 CANCELLED = "cancelled"
 
@@ -1107,6 +1106,7 @@ def check_cancelled(task_id: str) -> None:
 
 SCHEMA_VERSION = 3
 APPLICATION_ID = 0x43535031  # "CSP1" in the file's header (sqlite.org/pragma.html#pragma_application_id)
+CLOCK_STEP_SECONDS = 1.0  # smaller ones, such as those of an NTP client, delay nothing that matters
 BUSY_SECONDS = 5.0  # how long a statement waits for another program's lock
 
 _LARGE = """CREATE TABLE large (
@@ -1431,6 +1431,12 @@ _SELECT = {columns: f"SELECT {', '.join('NULL' if name in left_out else name for
            for columns, left_out in ((WHOLE, ()), (RESULT, ("sent_data",)), (LIGHT, ("sent_data", "data")))}
 _INSERT_LARGE = "INSERT OR REPLACE INTO large (seq, name, value) VALUES (?, ?, ?)"  # another program left one
 _LOG_COLUMNS = "timestamp, message, level, module, funcName, lineno"
+_CALLBACK_HOSTS = """WITH RECURSIVE hosts (host) AS (
+    SELECT min(callback_host) FROM jobs WHERE callback_at IS NOT NULL UNION ALL
+    SELECT (SELECT min(callback_host) FROM jobs WHERE callback_at IS NOT NULL AND callback_host > host)
+    FROM hosts WHERE host IS NOT NULL)
+    SELECT host, (SELECT min(callback_at) FROM jobs WHERE callback_at IS NOT NULL AND callback_host = host)
+    FROM hosts WHERE host IS NOT NULL"""
 _DISK_ERRORS = (sqlite3.OperationalError, sqlite3.DatabaseError, sqlite3.InternalError)  # these, and no subclasses
 
 
@@ -1518,7 +1524,8 @@ class Store:
         # writer removes one.
         self._held: Dict[int, Tuple[Job, Run, float]] = {}
         self._is_idle = False  # whether the writer waits for the queue alone, and not for held jobs
-        self._lock = threading.Lock()  # guards _is_closed and _watchers
+        self._lock = threading.Lock()  # guards _is_closed, _watchers and _clock
+        self._clock = time.time() - time.monotonic()
         self._is_closed = False
         self._watchers: Dict[str, Set[threading.Event]] = {}
         self.is_released = False
@@ -1774,12 +1781,7 @@ class Store:
 
     def list_callback_hosts(self) -> List[Tuple[str, float]]:
         """Return (host, earliest epoch seconds) for every host that a callback is due to, now or later."""
-        return self._read("""WITH RECURSIVE hosts (host) AS (
-            SELECT min(callback_host) FROM jobs WHERE callback_at IS NOT NULL UNION ALL
-            SELECT (SELECT min(callback_host) FROM jobs WHERE callback_at IS NOT NULL AND callback_host > host)
-            FROM hosts WHERE host IS NOT NULL)
-            SELECT host, (SELECT min(callback_at) FROM jobs WHERE callback_at IS NOT NULL AND callback_host = host)
-            FROM hosts WHERE host IS NOT NULL""")
+        return self._read(_CALLBACK_HOSTS)
 
     def list_due_callbacks(self, host: str, limit: int) -> List[Job]:
         """Return the jobs whose callback goes to ``host``, the earliest due first, due or not."""
@@ -1821,6 +1823,44 @@ class Store:
                 is_done = job is None or is_ready(job) or self.is_released
                 if is_done or not changed.wait(deadline - time.monotonic()):
                     return job
+
+    # -- the clock
+
+    def limit_delays(self, now: float, callback_seconds: Sequence[float]) -> None:
+        """Let nothing wait longer than it was meant to, if the clock was set back while the service was down.
+
+        ``callback_seconds``: the longest delay after the first, second, … attempt at a callback.
+        """
+        first, longest = BACKOFF_SECONDS
+
+        def operation(transaction: Transaction) -> None:
+            transaction.execute("""UPDATE jobs SET run_at = min(run_at, ? + CASE attempts WHEN 0 THEN 0
+                ELSE ? * min(? * (1 << min(max(failures, crashes), 20)), ?) END) WHERE run_at > ?""",
+                                (now, BACKOFF_JITTER, first, longest, now))
+            transaction.executemany(
+                "UPDATE jobs SET callback_at = ? WHERE callback_at > ? AND callback_attempts = ?",
+                [(now + seconds, now + seconds, number) for number, seconds in enumerate((0.0, *callback_seconds))])
+        self._write(operation)
+
+    def follow_clock(self) -> None:
+        """Bring forward what waits if the clock was set back: a retry in a second must not become one in an hour."""
+        clock = time.time() - time.monotonic()
+        with self._lock:
+            step, self._clock = self._clock - clock, clock
+        if step < CLOCK_STEP_SECONDS:
+            return
+        log.warning("the clock was set back by %.1f seconds; what waits is brought forward", step)
+
+        def operation(transaction: Transaction) -> None:
+            transaction.execute("UPDATE jobs SET run_at = run_at - ? WHERE run_at > ?", (step, AFTER_STOP))
+            transaction.execute("UPDATE jobs SET callback_at = callback_at - ? WHERE callback_at IS NOT NULL", (step,))
+            transaction.has_queued = True
+            transaction.callbacks += list(transaction.execute(_CALLBACK_HOSTS))
+        try:
+            self._write(operation)
+        except Unavailable:
+            with self._lock:
+                self._clock += step  # later
 
     # -- the lifecycle
 
@@ -1879,14 +1919,12 @@ class Store:
         """Mark up to ``limit`` queued jobs as running, the longest due first, and return them.
 
         The writer calls ``begin`` with each after the commit, before any later write, such as a cancellation. A suspect
-        is claimed alone, and only if the runner ``is_calm``. A clock that was set back makes nobody wait: a job that
-        has never run is due, and so is one that would have to wait longer than any retry.
+        is claimed alone, and only if the runner ``is_calm``.
         """
         check_transition(QUEUED, RUNNING)
 
         def is_due(job: Job) -> bool:
-            wait = (job.run_at or 0.0) - now
-            return not job.is_suspect and (wait <= 0 or not job.attempts or wait > LONGEST_BACKOFF_SECONDS)
+            return (job.run_at or 0.0) <= now and not job.is_suspect
 
         def operation(transaction: Transaction) -> Claim:
             rows = transaction.execute(
@@ -2238,11 +2276,6 @@ def next_callback_at(attempts: int, answer: CallbackAnswer, now: float) -> Optio
     return now + max(delay, min(answer.retry_after_seconds, MAX_RETRY_AFTER_SECONDS))
 
 
-def _is_due(at: float, now: float) -> bool:
-    """Return whether ``at`` has come. No wait is longer than the last retry's, unless the clock has been set back."""
-    return not 0.0 < at - now <= RETRY_SECONDS[-1] * RETRY_JITTER
-
-
 def _retry_after_seconds(text: str, now: float) -> float:
     """Return the seconds that a Retry-After header asks for (RFC 9110, section 10.2.3), 0 if it is not valid."""
     if re.fullmatch("[0-9]{1,9}", text.strip()):
@@ -2307,6 +2340,8 @@ class CallbackSender:
         self._policy, self._ssl_verify = policy or CallbackPolicy(), ssl_verify
         self._sockets: Dict[int, Tuple[float, socket.socket]] = {}  # see _make_opener
         self._condition = threading.Condition()  # guards the fields below
+        with suppress(Unavailable):
+            store.limit_delays(time.time(), [seconds * RETRY_JITTER for seconds in RETRY_SECONDS])
         self._due: Dict[str, float] = dict(store.list_callback_hosts())
         self._sending: Dict[int, str] = {}  # the host by the job's seq
         self._healthy: Set[str] = set()  # hosts that accepted their last callback
@@ -2331,10 +2366,11 @@ class CallbackSender:
 
     def _run(self) -> None:
         while True:
+            self._store.follow_clock()
             with self._condition:
                 now = time.time()
                 due = {host: at for host, at in self._due.items() if self._has_place(host)}
-                ready = [host for host, at in due.items() if _is_due(at, now)]
+                ready = [host for host, at in due.items() if at <= now]
                 if not ready and not self._is_stopping:
                     self._condition.wait(min([*(at - now for at in due.values()), 1.0 if self._sending else 60.0]))
                 if self._is_stopping:
@@ -2367,8 +2403,7 @@ class CallbackSender:
                 continue
             at = job.callback_at or 0.0
             with self._condition:
-                is_due = not job.callback_attempts or _is_due(at, now)
-                if not is_due or not self._has_place(host) or self._is_stopping:
+                if at > now or not self._has_place(host) or self._is_stopping:
                     self.notify(host, at)
                     return
                 self._pool.submit(self._deliver, host, job)
@@ -3286,6 +3321,7 @@ class Runner:
                 may_claim = self._may_claim or (self._claim_at is not None and self._claim_at <= now)
                 self._is_woken = self._may_claim = False
             try:
+                self._store.follow_clock()
                 self._record_again()
                 if may_claim:
                     self._claim_at = now + RETRY_DISK_SECONDS  # if it fails

@@ -325,6 +325,18 @@ def receiver():
     receiver.stop()
 
 
+class Clock:
+    """The module ``time`` with a wall clock that a test may set."""
+
+    offset = 0.0
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def time(self):
+        return time.time() + self.offset
+
+
 class Process:
     """``python csp.py`` as a process of its own: ``url``, ``client``, ``banner`` (what it printed), ``kill()``,
     ``terminate()`` (returns the exit code). Its log goes to ``directory/log``."""
@@ -5831,21 +5843,48 @@ class TestTrouble:
         finally:
             os.kill(child, signal.SIGKILL)
 
-    def test_a_clock_that_is_set_back_makes_nobody_wait(self, start, receiver):
-        first = start()
-        job = first.client.submit("async_echo", "x")
-        first.client.finish(job)
+    def test_a_clock_that_was_set_back_while_the_service_was_down_makes_nobody_wait(self, start, receiver):
+        first, registry = start(), example_registry()
+        jobs = [first.client.submit("async_echo", "x") for _ in range(2)]
+        for job in jobs:
+            first.client.finish(job)
         first.stop()
-        rows_of(first.path, "UPDATE jobs SET status = 'pending', finished_timestamp = NULL, attempts = 0, run_at = ?",
-                time.time() + 3600)
-        second = start()
-        assert second.client.finish(job)["status"] == "complete"
+        for job, attempts in zip(jobs, (0, 1)):
+            rows_of(first.path, """UPDATE jobs SET status = 'pending', finished_timestamp = NULL, attempts = ?,
+                failures = ?, run_at = ? WHERE job_id = ?""", attempts, attempts, time.time() + 400, job["job_id"])
+        second = start(registry)
+        assert [second.client.finish(job)["status"] for job in jobs] == ["complete"] * 2
         second.stop()
-        rows_of(first.path,
-                "UPDATE jobs SET result_url = ?, callback_host = ?, callback_status = 'pending', callback_at = ?",
-                receiver.url, csp.callback_host(receiver.url), time.time() + 10**6)
+        rows_of(first.path, """UPDATE jobs SET result_url = ?, callback_host = ?, callback_status = 'pending',
+            callback_at = ?, callback_attempts = attempts - 1""", receiver.url, csp.callback_host(receiver.url),
+                time.time() + 3600)
         start()
-        receiver.wait(1)
+        receiver.wait(2)
+
+    @pytest.mark.parametrize("seconds", [300, 3600, 10**6], ids=str)
+    def test_a_clock_that_is_set_back_delays_neither_retries_nor_callbacks_nor_new_jobs(
+            self, start, receiver, monkeypatch, seconds):
+        clock = Clock()
+        monkeypatch.setattr(csp, "time", clock)
+        registry, begun = example_registry(), []
+
+        @registry.asynchronous(retries=1)
+        def twice(task_id, input):
+            begun.append(task_id)
+            if len(begun) == 1:
+                raise ValueError("not yet")
+
+        receiver.answers = lambda number: (200 if number else 500, {})
+        client = start(registry).client
+        told = client.submit("async_echo", "x", result_url=receiver.url)
+        retried = client.submit("twice")
+        eventually(lambda: len(begun) == 1 and len(receiver.received) == 1)
+        queued = client.submit("async_echo", "before")
+        clock.offset -= seconds
+        new = client.submit("async_echo", "after")
+        assert [client.finish(job, 10)["status"] for job in (queued, new, retried)] == ["complete"] * 3
+        receiver.wait(2)
+        assert client.finish(told)["error"] is None
 
     def test_a_callback_made_due_anew_is_not_ended_by_the_attempt_under_way(self, client, receiver):
         go = threading.Event()
