@@ -1164,7 +1164,7 @@ _FROM_PREDECESSOR = (
 class Database:
     """An open database: the writer's connection, and the locks that keep others out. ``path`` None: in memory.
 
-    Raises StartError, with the file untouched, if it is not ours, not readable, or in use. The lock comes first: whoever
+    Raises StartError, with the file untouched, if it is not ours, not readable, or in use. The lock comes first: who
     closes a file drops all POSIX locks of its process on it, SQLite's too (sqlite.org/howtocorrupt.html, section 2.2).
     So do jobs that read the database: on Linux, SQLite's shared locks are held a second time, as locks of an open file
     description, which only their own descriptor can drop (man 2 fcntl).
