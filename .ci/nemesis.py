@@ -1,16 +1,15 @@
 """Crashes with an enemy beside: ``python .ci/nemesis.py [--jobs 10000] [--seconds 240] [--seed N]``, with pytest.
 
-A service is killed again and again while clients submit jobs. Meanwhile it is stopped and continued, its disk is full for a
-while, its clock steps (where libfaketime is installed), jobs of its own copy and read the files of its database, and sqlite3
-programs open, back up and close it. Afterwards every acknowledged job has ended with its result and its callback, and
-nothing that had ended has changed."""
+A service is killed again and again while clients submit jobs. Meanwhile it is stopped and continued, its disk is full
+for a while, its clock steps (where libfaketime is installed), jobs of its own copy and read the files of its database,
+and sqlite3 programs open, back up and close it. Afterwards every acknowledged job has ended with its result and its
+callback, and nothing that had ended has changed."""
 
 import argparse
 import contextlib
 import glob
 import http.client
 import itertools
-import os
 import random
 import resource
 import signal
@@ -31,7 +30,7 @@ INFINITE = resource.RLIM_INFINITY
 
 
 class Clients:
-    """Submit until there are enough jobs: ``acknowledged`` holds key and data by id, ``ended`` what was seen complete."""
+    """Submit until there are enough: ``acknowledged`` holds key and data by id, ``ended`` what was seen complete."""
 
     def __init__(self, port, wanted, callback_url):
         self.client = test_csp.Client(f"http://127.0.0.1:{port}/")
