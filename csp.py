@@ -1612,7 +1612,7 @@ class Store:
         try:
             transaction = self._run_transaction(batch)
         except Exception as error:  # noqa: BLE001 - the writer's loop: without it nothing could be stored any more
-            is_disk = type(error) in _DISK_ERRORS or isinstance(error, Unavailable)
+            is_disk = type(error) in _DISK_ERRORS or isinstance(error, (Unavailable, OSError))
             if not is_disk and len(batch) > 1:  # one caller's mistake must not be the others'
                 for write in batch:
                     self._commit([write])
