@@ -63,7 +63,7 @@ import weakref
 from collections import UserDict, deque, namedtuple
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from _operator import _compare_digest as compare_digest  # hmac's, without the 3.6 MB of OpenSSL that hmac loads
 
 # http.server imports http.client, and that imports ssl: 4 MB that few services need. As a program of its own this one
@@ -194,6 +194,8 @@ class JobCancelled(BaseException):
 # ---------------------------------------------------------------------------------------------------------------------
 
 MAX_JSON_DEPTH = 100  # real submissions nest less than ten deep; Python's recursion limit is 1,000
+MAX_JSON_VALUES = 10**6  # parsing holds the interpreter's lock, and `[]` takes thirty times the memory of its text
+LARGE_JSON_BYTES = 2**20  # larger texts are parsed one at a time
 _JSON_STRING = rb'"[^"]*(?:"|\Z)'  # in a text without escapes
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
@@ -212,6 +214,9 @@ def to_json(value: Any) -> str:
     return text
 
 
+_large_json = threading.Lock()
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
@@ -226,25 +231,30 @@ def _refuse_duplicates(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
 _decode_json = json.JSONDecoder(object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant).decode
 
 
-def _check_depth(body: bytes) -> None:
-    """Raise ValueError if the JSON text ``body`` nests deeper than MAX_JSON_DEPTH."""
-    if body.count(b"[") + body.count(b"{") <= MAX_JSON_DEPTH:
+def check_structure(body: bytes) -> None:
+    """Raise ValueError if the JSON text ``body`` nests deeper than MAX_JSON_DEPTH or has more than MAX_JSON_VALUES."""
+    brackets = body.count(b"[") + body.count(b"{")
+    if brackets <= MAX_JSON_DEPTH and brackets + body.count(b",") < MAX_JSON_VALUES:
         return
     # first the escapes: one pattern for strings with them would backtrack and need fifty times the memory of the text
     without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = re.sub(_JSON_STRING, b"", without_escapes).translate(None, _NOT_BRACKETS)
-    if max(itertools.accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_JSON_DEPTH:
+    without_strings = re.sub(_JSON_STRING, b"", without_escapes)
+    if sum(map(without_strings.count, (b"[", b"{", b","))) >= MAX_JSON_VALUES:
+        raise ValueError(f"more than {MAX_JSON_VALUES:,} values")
+    steps = map(_STEPS.__getitem__, without_strings.translate(None, _NOT_BRACKETS))
+    if max(itertools.accumulate(steps), default=0) > MAX_JSON_DEPTH:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
 
 
 def from_json(body: bytes) -> Any:
     """Return the value of the JSON text ``body``; raise ValueError if it breaks RFC 8259 or a limit of this service."""
-    _check_depth(body)
-    text = body.decode("utf-8")
-    value = _decode_json(text)
-    if re.search(_SURROGATE_ESCAPE, text):
-        to_json(value)  # raises for a lone surrogate
-    return value
+    with _large_json if len(body) > LARGE_JSON_BYTES else nullcontext():
+        check_structure(body)
+        text = body.decode("utf-8-sig")  # a byte order mark may be ignored (section 8.1)
+        value = _decode_json(text)
+        if re.search(_SURROGATE_ESCAPE, text):
+            to_json(value)  # raises for a lone surrogate
+        return value
 
 
 def sign(key: bytes, message: bytes) -> bytes:
@@ -340,6 +350,9 @@ def database_path(uri: str) -> Optional[str]:
     return uri[len("sqlite:///"):] if uri.startswith("sqlite:///") else uri
 
 
+OWN_SECRETS = frozenset(("PASSWORD", "SECRET_KEY", "API_KEYS", "CALLBACK_SECRET"))  # do not go to other machines
+
+
 class Setting(NamedTuple):
     """A row of the settings table. A setting whose default is None may be left empty."""
 
@@ -419,8 +432,12 @@ class Settings(Values):
 
     __repr__ = object.__repr__  # shows no secrets
 
-    def __init__(self, values: Optional[Mapping[str, Any]] = None, doubts: Sequence[str] = ()) -> None:
-        """Put ``values`` over the defaults; raise StartError for a wrong one. ``doubts`` are warnings for the log."""
+    def __init__(self, values: Optional[Mapping[str, Any]] = None, doubts: Sequence[str] = (),
+                 origins: Optional[Mapping[str, str]] = None) -> None:
+        """Put ``values`` over the defaults; raise StartError for a wrong one.
+
+        ``doubts`` are warnings for the log; ``origins`` say where a value comes from.
+        """
         self.doubts = doubts
         self.data = {row.name: row.default for row in SETTINGS}
         self.data.update(values or {})
@@ -429,7 +446,10 @@ class Settings(Values):
             try:
                 self.data[row.name] = None if row.default is None and value in (None, "") else row.parse(value)
             except ValueError as error:
-                raise StartError(f"The setting {row.name} {error}.") from None
+                origin = (origins or {}).get(row.name)
+                is_secret = row.name in (*OWN_SECRETS, "SQLALCHEMY_DATABASE_URI")  # another engine's holds a password
+                found = f"; {origin} says {'something else' if is_secret else repr(value)}" if origin else ""
+                raise StartError(f"The setting {row.name} {error}{found}.") from None
 
 
 def _read_settings_file(path: str) -> Dict[str, Any]:
@@ -442,7 +462,7 @@ def _read_settings_file(path: str) -> Dict[str, Any]:
         raise StartError(f"The settings file {path} cannot be read: {error.strerror}.") from None
     try:
         exec(compile(source, path, "exec"), names)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise StartError(f"The settings file {path} fails: {type(error).__name__}: {error}.") from error
     return {name: value for name, value in names.items() if name.isupper()}
 
@@ -466,11 +486,15 @@ def load_settings(file: Optional[str] = None, environ: Optional[Mapping[str, str
         import difflib
         doubts += [f"{name} is no setting; is {found} meant?"
                    for found in difflib.get_close_matches(given[name], known, 1, 0.75)]
-    if environ.get("DATABASE_URL"):
-        values["SQLALCHEMY_DATABASE_URI"] = environ["DATABASE_URL"]
-    values.update((name, environ["CSP_" + name]) for name in known if "CSP_" + name in environ)
+    origins = dict.fromkeys(values, f"the settings file {path}")
+    for name, variable in (("SQLALCHEMY_DATABASE_URI", "DATABASE_URL"), *((name, "CSP_" + name) for name in known)):
+        if re.match("(tcp|udp|sctp)://", environ.get(variable, "")):  # Kubernetes, for a service that is called csp
+            doubts.append(f"{variable} is not read: {environ[variable]} is no value for the setting {name}")
+        elif variable in environ and (variable != "DATABASE_URL" or environ[variable]):
+            values[name], origins[name] = environ[variable], f"the variable {variable}"
     values.update(overrides or {})
-    return Settings(values, doubts)
+    origins.update(dict.fromkeys(overrides or {}, "the command line"))
+    return Settings(values, doubts, origins)
 
 
 class Config(Values):
@@ -1421,6 +1445,7 @@ BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last o
 READERS = 2  # connections for reading: each step releases the interpreter's lock, and more of them only convoy
 SQLITE_VERSION = sqlite3.sqlite_version
 CLEAR_SLICE = 500  # jobs deleted in one transaction, so that nobody waits behind a million rows
+QUIET_SECONDS = 30.0  # without a write, before the write-ahead log is emptied
 HOLD_SECONDS = 0.02  # a synchronous job that takes longer is stored before it has ended, too; a large one is held
 HOLD_SECONDS_PER_CHARACTER = 2.0**-25  # longer, because writing it twice takes that long
 
@@ -1590,7 +1615,7 @@ class Store:
             entry = self._queue.get(timeout=HOLD_SECONDS)
         except queue.Empty:
             self._is_idle = True  # before the look at what is held: whoever holds a job looks at this afterwards
-            entry = _WAKE if self._held else self._queue.get()
+            entry = _WAKE if self._held else self._wait_quietly()
         self._is_idle = False
         while entry is not None:
             if entry is not _WAKE:
@@ -1606,6 +1631,15 @@ class Store:
         if batch:
             self._commit(batch)
         return entry is not None
+
+    def _wait_quietly(self) -> Optional[Write]:
+        """Wait for a write; after a while fold the write-ahead log into the file, or erased keys would stay in it."""
+        try:
+            return self._queue.get(timeout=QUIET_SECONDS)
+        except queue.Empty:
+            with suppress(sqlite3.Error, Unavailable), _borrowed(self._writers) as connection:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return self._queue.get()
 
     def _commit(self, batch: List[Write]) -> None:
         """Run the operations in one transaction and tell each caller."""
@@ -2480,7 +2514,6 @@ FIRST_REPORTS = 3  # how often a worker asks whether it may begin a job that may
 ADDRESS_SECONDS = 1.0  # how long the first jobs wait for the server to have an address
 KILL_SECONDS = 0.5  # between SIGTERM and SIGKILL: time for a job to clean up
 SIGKILL: int = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows ends a process either way
-OWN_SECRETS = frozenset(("PASSWORD", "SECRET_KEY", "API_KEYS", "CALLBACK_SECRET"))  # do not go to other machines
 NOT_AGAIN = "It is not of a kind that is run again."
 _PROCESS = make_token()  # with the process id it tells a worker whether it is the service's own process
 _INTEGER = struct.Struct("i")  # the fork server's messages: process ids, exit codes and file descriptors
@@ -2503,7 +2536,7 @@ def error_document(error: BaseException) -> str:
         document = error.as_dict()
         if isinstance(document, dict) and isinstance(document.get("message"), str):
             text = to_json(document)
-            _check_depth(text.encode("utf-8"))
+            check_structure(text.encode("utf-8"))
             return text
     except BaseException:  # noqa: BLE001 - as_dict and __str__ are the job author's code and may do anything
         log.debug("an error of type %s cannot describe itself", type(error).__name__)
@@ -2717,7 +2750,7 @@ def load_module(name: str) -> types.ModuleType:
         raise
     except (ImportError, SyntaxError) as error:
         raise StartError(f"The module {name} cannot be imported: {describe_error(error)}.") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = traceback.extract_tb(error.__traceback__)
         line = next((line for line in reversed(lines) if line.filename not in (__file__, "<string>")), lines[-1])
         raise StartError(f"The module {name} fails: {describe_error(error)} "
@@ -3807,10 +3840,14 @@ class ProxyTrust:
             return address, scheme
         if "x-forwarded-host" in headers:
             headers["host"] = headers["x-forwarded-host"]
-        forwarded = [part.strip() for part in headers.get("x-forwarded-for", "").split(",") if part.strip()]
+        forwarded = headers.get("x-forwarded-for", "").split(",")
         while forwarded and self.is_trusted(address):
-            address = forwarded.pop()
-        return address[:64], "https" if headers.get("x-forwarded-proto", scheme).strip().lower() == "https" else "http"
+            host = re.fullmatch(r"\s*(?:\[([^\]]+)\](?::\d+)?|([\d.]+)(?::\d+)?|([\da-fA-F:.]+))\s*", forwarded.pop())
+            try:
+                address = str(ipaddress.ip_address(next(filter(None, host.groups())) if host else ""))
+            except ValueError:
+                break  # who wrote that is the client
+        return address, "https" if headers.get("x-forwarded-proto", scheme).strip().lower() == "https" else "http"
 
     def is_trusted(self, address: str) -> bool:
         try:
@@ -3836,7 +3873,7 @@ FREE_FAILURES = 10  # a person tries several passwords before remembering the ri
 MANY_FAILURES = 100  # so many from all addresses within THROTTLE_SECONDS are an attack
 THROTTLE_SECONDS = 900.0
 LOGIN_TURNS = 8  # logins checked at the same time
-MAX_THROTTLED = 10_000  # addresses remembered: a botnet must not fill the memory
+MAX_THROTTLED = 10_000  # addresses remembered; a botnet that has more is counted by larger networks
 WEAK_SECRETS = ("please_replace_me", "change_me_please", "correcthorse", "administrator")
 SESSION_NOTE_SECONDS = 60.0  # how often the use of a session is stored
 
@@ -3898,9 +3935,13 @@ class LoginThrottle:
 
     def attempt(self, address: str, check: Callable[[], bool]) -> bool:
         """Return ``check()``, and count it if it fails; raise TooManyRequests if the address has to wait."""
-        group = _address_group(address)
+        now = self._clock()
+        with self._lock:
+            while self._failures and now - next(iter(self._failures.values()))[1] >= THROTTLE_SECONDS:
+                del self._failures[next(iter(self._failures))]  # the dictionary is ordered by the last failure
+            group = next(group for group in _address_groups(address)
+                         if group in self._failures or len(self._failures) < MAX_THROTTLED or not group)
         with self._turns[hash(group) % LOGIN_TURNS]:  # one by one, so that parallel guesses are counted, too
-            now = self._clock()
             count, last = self._failures.get(group, (0, 0.0))
             is_attack = len(self._all) == MANY_FAILURES and now - self._all[0] < THROTTLE_SECONDS
             over = count - (1 if is_attack else FREE_FAILURES)
@@ -3911,20 +3952,20 @@ class LoginThrottle:
             with self._lock:
                 self._failures.pop(group, None)
                 if not is_success:
-                    if len(self._failures) >= MAX_THROTTLED:
-                        del self._failures[next(iter(self._failures))]
                     self._failures[group] = (count + 1 if now - last < THROTTLE_SECONDS else 1, now)
                     self._all.append(now)
             return is_success
 
 
-def _address_group(address: str) -> str:
+def _address_groups(address: str) -> Tuple[str, ...]:
+    """Return who counts as one client: an address (of IPv6 a /64 network), a larger network, everybody."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
-        return address
+        return address, ""
     ip = getattr(ip, "ipv4_mapped", None) or ip  # how a socket for both families names IPv4 addresses
-    return str(ipaddress.ip_network((ip, 64), strict=False)) if ip.version == 6 else str(ip)
+    sizes = (64, 32) if ip.version == 6 else (32, 16)
+    return (*(str(ipaddress.ip_network((ip, size), strict=False)) for size in sizes), "")
 
 
 def is_same_origin(request: Request) -> Optional[bool]:

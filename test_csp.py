@@ -845,13 +845,14 @@ class TestSource:
 
 
 class TestErrors:
-    @pytest.mark.parametrize("refusal, status, headers", [
-        (csp.CspError(405, "A sentence with \ud800.", [("Allow", "GET")]), 405, [("Allow", "GET")]),
-        (csp.Forbidden("A sentence with \ud800."), 403, []), (csp.Conflict("A sentence with \ud800."), 409, []),
-        (csp.TooManyRequests("A sentence with \ud800.", 7), 429, [("Retry-After", "7")]),
-        (csp.Unavailable("A sentence with \ud800."), 503, [("Retry-After", "5")]),
-    ], ids=lambda value: str(value) if isinstance(value, int) else "")
-    def test_a_refusal_is_an_answer(self, refusal, status, headers):
+    @pytest.mark.parametrize("name, arguments, status, headers", [
+        ("CspError", (405, "A sentence with \ud800.", [("Allow", "GET")]), 405, [("Allow", "GET")]),
+        ("Forbidden", ("A sentence with \ud800.",), 403, []), ("Conflict", ("A sentence with \ud800.",), 409, []),
+        ("TooManyRequests", ("A sentence with \ud800.", 7), 429, [("Retry-After", "7")]),
+        ("Unavailable", ("A sentence with \ud800.",), 503, [("Retry-After", "5")]),
+    ], ids=lambda value: value if value in ("CspError", "Forbidden", "Conflict") else "")
+    def test_a_refusal_is_an_answer(self, name, arguments, status, headers):
+        refusal = getattr(csp, name)(*arguments)
         response = csp.Response.error(refusal)
         assert (refusal.status, response.status, response.headers) == (status, status, headers)
         assert json.loads(response.body) == {"error": "A sentence with ?."}
@@ -907,7 +908,7 @@ BAD_JSON = {
     "unknown escape": rb'"\x41"', "short escape": rb'"\u12"', "escape of a sign": rb'"\u+123"',
     "backslash at the end": b'"\\', "form feed": b"\x0c1", "vertical tab": b"\x0b1",
     "no-break space": "\u00a01".encode(), "nul after": b"1\0", "comment": b"/* a */ 1", "line comment": b"1 // a",
-    "bom": b"\xef\xbb\xbf{}", "utf-16": '{"a": 1}'.encode("utf-16"),
+    "utf-16": '{"a": 1}'.encode("utf-16"),
     "utf-16 without bom": '{"a": 1}'.encode("utf-16-le"), "latin-1": '"\u00fc"'.encode("latin-1"),
     "cut utf-8": b'"\xe2\x82"', "overlong utf-8": b'"\xc0\xaf"', "surrogate in utf-8": b'"\xed\xa0\x80"',
     "beyond unicode": b'"\xf4\x90\x80\x80"', "lone high surrogate": rb'"\ud800"', "lone low surrogate": rb'"\udc00"',
@@ -933,10 +934,25 @@ class TestJson:
         with pytest.raises(ValueError):
             csp.from_json(body)
 
-    @pytest.mark.parametrize("body", [b"x", b'{"a": 1,}', b'{"a": "\xff"}', b"\xef\xbb\xbf{}"], ids=repr)
+    @pytest.mark.parametrize("body", [b"x", b'{"a": 1,}', b'{"a": "\xff"}', b"\xef\xbb\xbf\xef\xbb\xbf{}"], ids=repr)
     def test_the_documented_sentence_is_exact(self, client, body):
         answer = client.request("POST", "/job", body, {"Content-Type": "application/json"})
         assert (answer.status, answer.error) == (409, "Malformed json")
+
+    def test_a_byte_order_mark_is_ignored(self, client):
+        body = b'\xef\xbb\xbf{"job_type": "echo", "api_key": "k", "data": "a"}'
+        assert client.request("POST", "/job", body, {"Content-Type": "application/json"}).json["data"] == ">a"
+
+    @pytest.mark.parametrize("data, is_good", [
+        (b"[" + b"[]," * 1_200_000 + b"0]", False), (b'{"a": [' + b"1," * 1_100_000 + b"1]}", False),
+        (b'"' + b"1,[2],{}\\n" * 1_200_000 + b'"', True), (b"[" + b'"a,b",' * 600_000 + b"1]", True)],
+        ids=["arrays", "numbers", "a string", "strings"])
+    def test_what_has_a_million_values_is_refused_before_it_is_parsed(self, client, data, is_good):
+        body = b'{"job_type": "async_echo", "api_key": "k", "data": %b}' % data
+        begun = time.monotonic()
+        answer = client.request("POST", "/job", body, {"Content-Type": "application/json"})
+        assert (answer.status, "values" in answer.body.decode()[:200]) == ((200, False) if is_good else (409, True))
+        assert is_good or time.monotonic() - begun < 2.0
 
     @pytest.mark.parametrize("api_key", ["1e999", "-1e999", "1" + "0" * 30, "NaN"])
     def test_an_api_key_that_is_no_sensible_number_is_refused(self, client, api_key):
@@ -1132,6 +1148,22 @@ class TestSettings:
         path.write_text("SQLALCHEMY_DATABASE_URI = 'file.db'\n")
         assert csp.load_settings(str(path), environ, overrides)["SQLALCHEMY_DATABASE_URI"] == uri
 
+    def test_a_wrong_value_is_shown_with_where_it_came_from_unless_it_is_a_secret(self, tmp_path):
+        path = tmp_path / "settings.py"
+        path.write_text("PORT = 'x'\n")
+        for arguments, words in (((str(path), {}), f"the settings file {path} says 'x'"),
+                                 ((None, {"CSP_WORKERS": "many"}), "the variable CSP_WORKERS says 'many'"),
+                                 ((None, {}, {"PORT": "70000"}), "the command line says '70000'"),
+                                 ((None, {"CSP_CALLBACK_SECRET": "whsec_hidden!"}), "the variable CSP_CALLBACK_SECRET"),
+                                 ((None, {"DATABASE_URL": "mysql://a:hidden@b"}), "the variable DATABASE_URL")):
+            with pytest.raises(csp.StartError, match=re.escape(words)) as refusal:
+                csp.load_settings(*arguments)
+            assert "hidden" not in str(refusal.value)
+
+    def test_what_kubernetes_sets_for_a_service_called_csp_is_not_read(self, caplog):
+        settings = csp.load_settings(None, {"CSP_PORT": "tcp://10.0.0.1:8000", "CSP_SERVICE_HOST": "10.0.0.1"})
+        assert settings["PORT"] == 8000 and "CSP_PORT" in str(settings.doubts)
+
     def test_job_config_names_the_file_unless_an_option_does(self, tmp_path):
         for name in ("one", "two"):
             (tmp_path / name).write_text(f"NAME = {name!r}\n")
@@ -1160,7 +1192,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("text", [
         "NAME =", "1/0", "import no_such_module_anywhere", "raise KeyError('x')", "\0", "NAME = '\udcff'", "PORT = 'x'",
-        "open('/no/such/file')",
+        "open('/no/such/file')", "raise SystemExit(0)",
     ], ids=repr)
     def test_a_broken_settings_file_is_a_sentence(self, tmp_path, text):
         path = tmp_path / "settings.py"
@@ -3565,15 +3597,17 @@ class TestGuessing:
         now[0] += 100
         assert not attempt(address, True) and not attempt(same) and not attempt(same)
 
-    def test_memory_for_addresses_is_bounded(self, monkeypatch):
-        monkeypatch.setattr(csp, "MAX_THROTTLED", 10)
-        attempt, _ = self.throttle()
-        for _ in range(csp.FREE_FAILURES):
-            attempt("192.0.2.1")
-        assert attempt("192.0.2.1")
-        for number in range(10):
-            attempt(f"10.0.0.{number}")
-        assert not attempt("192.0.2.1")
+    @pytest.mark.parametrize("form", ["10.{}.{}.1", "2001:db8:{:x}:{:x}::1"])
+    def test_whoever_has_more_networks_than_are_remembered_does_not_start_anew(self, monkeypatch, form):
+        monkeypatch.setattr(csp, "MAX_THROTTLED", 50)
+        attempt, now = self.throttle()
+        guesses = 0
+        for _ in range(12):
+            for number in range(200):
+                guesses += not attempt(form.format(number // 50, number))
+        assert guesses < 150
+        now[0] += 2 * csp.THROTTLE_SECONDS
+        assert not attempt(form.format(0, 0))
 
     @pytest.mark.parametrize("name, value, is_warned", [
         ("PASSWORD", "pass", True), ("PASSWORD", "please_replace_me", True), ("SECRET_KEY", "please_replace_me", True),
@@ -4132,6 +4166,13 @@ class TestSickDisk:
         own = [record.getMessage() for record in records.values()]
         assert len([message for message in own if "cannot be written" in message]) == 1
         assert [message for message in own if "can be written again" in message]
+
+    def test_an_idle_service_keeps_no_erased_key_in_its_log(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "QUIET_SECONDS", 0.2, raising=False)
+        running = start()
+        running.client.finish(running.client.submit("async_echo", "x", api_key="erased-api-key"))
+        files = [running.path, running.path.with_name("jobs.db-wal")]
+        eventually(lambda: not any(b"erased-api-key" in file.read_bytes() for file in files), 10)
 
     @linux_only
     def test_a_full_disk_is_answered_503_and_no_acknowledged_job_is_lost(self, launch, tmp_path):
@@ -6292,6 +6333,14 @@ class TestResponses:
             assert answer.headers["Cache-Control"] == "no-store" and answer.headers["Referrer-Policy"] == "no-referrer"
             assert "frame-ancestors 'none'" in answer.headers["Content-Security-Policy"]
             assert answer.headers["Server"] == "csp"
+
+    @pytest.mark.parametrize("field, address", [
+        ("1.2.3.5:1001", "1.2.3.5"), ("[2001:db8::1]:80", "2001:db8::1"), ("[2001:db8::1]", "2001:db8::1"),
+        ("2001:DB8:0::1", "2001:db8::1"), (" 1.2.3.5 ", "1.2.3.5"), ("unknown", "10.0.0.1"), ("1.2.3.999", "10.0.0.1"),
+        ("", "10.0.0.1"), ("9.9.9.9, x, 10.0.0.2", "10.0.0.2"), ("1.2.3.5:1:2", "10.0.0.1")])
+    def test_forwarded_addresses_are_parsed_and_a_wrong_one_is_the_proxys(self, field, address):
+        trust = csp.ProxyTrust(["10.0.0.0/8"])
+        assert trust.identify("10.0.0.1", {"x-forwarded-for": field}) == (address, "http")
 
     def test_forwarded_fields_are_believed_from_trusted_proxies_only(self):
         trust = csp.ProxyTrust(["10.0.0.0/8"])
