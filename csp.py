@@ -547,9 +547,12 @@ class Metric:
     def add(self, labels: Labels = (), value: float = 1.0) -> None:
         """Count one event; a histogram counts an observation of ``value`` seconds."""
         with self._lock:
-            counts = self._counts.setdefault(labels, [0] * (len(self._buckets) + 1))
+            counts = self._counts.get(labels)
+            if counts is None:
+                counts = self._counts[labels] = [0] * (len(self._buckets) + 1)
+                self._sums[labels] = 0.0
             counts[bisect.bisect_left(self._buckets, value)] += 1
-            self._sums[labels] = self._sums.get(labels, 0.0) + value
+            self._sums[labels] += value
 
     def totals(self) -> List[Tuple[Labels, float]]:
         """Return the count for each set of labels."""
@@ -4905,6 +4908,12 @@ def check_report(body: Dict[str, Any]) -> Dict[str, Any]:
     return body
 
 
+@functools.lru_cache(maxsize=1)  # monitors ask again and again, and mostly nothing has changed
+def _render_status(name: str, job_types: Tuple[str, ...], stats: Tuple[Tuple[str, int], ...]) -> bytes:
+    return to_json({"version": API_VERSION, "job_types": list(job_types), "name": name,
+                    "stats": dict(stats)}).encode("utf-8")
+
+
 class Service:
     """The job service, without sockets: opens the database and begins to run jobs; ``close`` ends it.
 
@@ -5034,8 +5043,8 @@ class Service:
 
     def show_status(self, request: Request) -> Response:
         """Show version, job types, name and how many jobs there are."""
-        return Response.json({"version": API_VERSION, "job_types": self.registry.names(),
-                              "name": self.settings["NAME"], "stats": self.store.count_jobs()})
+        return Response(200, _render_status(self.settings["NAME"], tuple(self.registry.names()),
+                                            tuple(self.store.count_jobs().items())))
 
     def log_in(self, request: Request) -> Response:
         """Begin a session, by Basic auth or by form fields."""
