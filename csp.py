@@ -2126,18 +2126,6 @@ def _resolve(host: str, port: int) -> List[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-def build_delivery(job: Job, logs: List[LogLine], secret: Optional[str], now: float) -> Tuple[bytes, Dict[str, str]]:
-    """Return body and headers of the job's callback; raise Conflict if its api_key cannot be a header."""
-    rendered = render_job(job, logs, job_key=True, callback_error=False)
-    body = rendered if isinstance(rendered, bytes) else b"".join(rendered)
-    headers = {"Content-Type": "application/json", "User-Agent": f"csp.py/{__version__}"}
-    if job.api_key is not None:
-        headers.update([callback_header(job.api_key)])
-    if secret:
-        headers.update(sign_callback(secret, job.job_id, now, body))
-    return body, headers
-
-
 def sign_callback(secret: str, job_id: str, now: float, body: bytes) -> Dict[str, str]:
     key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode("utf-8")
     job_id = urllib.parse.quote(job_id)  # an id may have letters that a header cannot hold
@@ -2171,11 +2159,9 @@ def _retry_after_seconds(text: str, now: float) -> float:
     """Return the seconds that a Retry-After header asks for (RFC 9110, section 10.2.3), 0 if it is not valid."""
     if re.fullmatch("[0-9]{1,9}", text.strip()):
         return float(text)
-    try:
-        date = email.utils.parsedate_tz(text)
-        return max(0.0, email.utils.mktime_tz(date) - now) if date else 0.0
-    except (ValueError, OverflowError, TypeError):
-        return 0.0
+    with suppress(ValueError, OverflowError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
+    return 0.0
 
 
 def _make_opener(policy: CallbackPolicy, ssl_verify: bool,
@@ -2286,13 +2272,12 @@ class CallbackSender:
             sending = {seq for seq, receiver in self._sending.items() if receiver == host}
         limit = len(sending) + CALLBACK_THREADS_PER_HOST + 1
         jobs = self._store.list_due_callbacks(host, limit)
-        for job in jobs:
-            if job.seq in sending:
-                continue
-            at = job.callback_at or 0.0
-            with self._condition:
-                is_due = not job.callback_attempts or _is_due(at, now)
-                if not is_due or not self._has_place(host) or self._is_stopping:
+        with self._condition:
+            for job in jobs:
+                at = job.callback_at or 0.0
+                if job.seq in sending:
+                    continue
+                if job.callback_attempts and not _is_due(at, now) or not self._has_place(host):
                     self.notify(host, at)
                     return
                 self._pool.submit(self._deliver, host, job)
@@ -2305,27 +2290,24 @@ class CallbackSender:
         next_at = next_callback_at(job.callback_attempts + 1, answer, time.time())
         status = "delivered" if answer.error is None else "failed" if next_at is None else PENDING
         self._metrics.callbacks.add((("result", {PENDING: "retry", "failed": "given_up"}.get(status, status)),))
-        if not self._mark(job, status, answer.error, next_at):
-            next_at = time.time()  # it was made due anew, or is gone: look
         if answer.error is not None:
             log.warning("callback of job %s to %s: %s", job.job_id, host, answer.error)
+        while True:  # a delivered callback must not be sent again and again while the disk is full
+            try:
+                if not self._store.mark_callback(job, status, answer.error, next_at):
+                    next_at = time.time()  # it was made due anew, or is gone: look
+                break
+            except Exception as reason:  # noqa: BLE001 - the sender's loop has to survive anything
+                log.warning("the callback of job %s cannot be recorded now: %s", job.job_id, reason)
+                with self._condition:
+                    if self._condition.wait_for(lambda: self._is_stopping, 1.0):
+                        break
         with self._condition:
             del self._sending[job.seq]
             (self._healthy.add if answer.error is None else self._healthy.discard)(host)
             if next_at is not None:
                 self.notify(host, next_at)
             self._condition.notify_all()
-
-    def _mark(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> bool:
-        """Record an attempt, and wait while that fails: a delivered callback must not be sent again every second."""
-        while True:
-            try:
-                return self._store.mark_callback(job, status, error, next_at)
-            except Exception as reason:  # noqa: BLE001 - the sender's loop has to survive anything
-                log.warning("the callback of job %s cannot be recorded now: %s", job.job_id, reason)
-                with self._condition:
-                    if self._condition.wait_for(lambda: self._is_stopping, 1.0):
-                        return True
 
     @functools.cached_property
     def _opener(self) -> urllib.request.OpenerDirector:
@@ -2334,8 +2316,14 @@ class CallbackSender:
     def _send(self, job: Job) -> CallbackAnswer:
         import urllib.request
         now = time.time()
+        headers = {"Content-Type": "application/json", "User-Agent": f"csp.py/{__version__}"}
         try:
-            body, headers = build_delivery(job, self._store.get_logs(job), self._secret, now)
+            rendered = render_job(job, self._store.get_logs(job), job_key=True, callback_error=False)
+            body = rendered if isinstance(rendered, bytes) else b"".join(rendered)
+            if job.api_key is not None:
+                headers.update([callback_header(job.api_key)])
+            if self._secret:
+                headers.update(sign_callback(self._secret, job.job_id, now, body))
             request = urllib.request.Request(job.result_url or "", body, headers, method="POST")
             with self._opener.open(request, timeout=CALLBACK_SECONDS) as response:
                 if 200 <= response.status < 300:
