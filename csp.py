@@ -2277,7 +2277,8 @@ class CallbackSender:
                 at = job.callback_at or 0.0
                 if job.seq in sending:
                     continue
-                if job.callback_attempts and not _is_due(at, now) or not self._has_place(host):
+                is_due = not job.callback_attempts or _is_due(at, now)
+                if not is_due or not self._has_place(host) or self._is_stopping:
                     self.notify(host, at)
                     return
                 self._pool.submit(self._deliver, host, job)
