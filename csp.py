@@ -3230,7 +3230,7 @@ class Runner:
         for run, job, _ in self._attempts.values():
             if not job.synchronous and not run.is_ended:
                 times.append(run.deadline or NEVER)
-                if self.may_adjust_switching and now < run.started_at + LONG_JOB_SECONDS:
+                if self.may_adjust_switching and sys.getswitchinterval() > SWITCH_SECONDS[1] + 1e-6:
                     times.append(run.started_at + LONG_JOB_SECONDS)
         return min(times)
 
