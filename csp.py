@@ -2277,18 +2277,6 @@ def _resolve(host: str, port: int) -> List[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-def build_delivery(job: Job, logs: List[LogLine], secret: Optional[str], now: float) -> Tuple[bytes, Dict[str, str]]:
-    """Return body and headers of the job's callback; raise Conflict if its api_key cannot be a header."""
-    rendered = render_job(job, logs, job_key=True, callback_error=False)
-    body = rendered if isinstance(rendered, bytes) else b"".join(rendered)
-    headers = {"Content-Type": "application/json", "User-Agent": f"csp.py/{__version__}"}
-    if job.api_key is not None:
-        headers.update([callback_header(job.api_key)])
-    if secret:
-        headers.update(sign_callback(secret, job.job_id, now, body))
-    return body, headers
-
-
 def sign_callback(secret: str, job_id: str, now: float, body: bytes) -> Dict[str, str]:
     key = base64.b64decode(secret[6:]) if secret.startswith("whsec_") else secret.encode("utf-8")
     job_id = urllib.parse.quote(job_id)  # an id may have letters that a header cannot hold
@@ -2317,11 +2305,9 @@ def _retry_after_seconds(text: str, now: float) -> float:
     """Return the seconds that a Retry-After header asks for (RFC 9110, section 10.2.3), 0 if it is not valid."""
     if re.fullmatch("[0-9]{1,9}", text.strip()):
         return float(text)
-    try:
-        date = email.utils.parsedate_tz(text)
-        return max(0.0, email.utils.mktime_tz(date) - now) if date else 0.0
-    except (ValueError, OverflowError, TypeError):
-        return 0.0
+    with suppress(ValueError, OverflowError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - now)
+    return 0.0
 
 
 def _make_opener(policy: CallbackPolicy, ssl_verify: bool,
@@ -2435,11 +2421,11 @@ class CallbackSender:
             sending = {seq for seq, receiver in self._sending.items() if receiver == host}
         limit = len(sending) + CALLBACK_THREADS_PER_HOST + 1
         jobs = self._store.list_due_callbacks(host, limit)
-        for job in jobs:
-            if job.seq in sending:
-                continue
-            at = job.callback_at or 0.0
-            with self._condition:
+        with self._condition:
+            for job in jobs:
+                at = job.callback_at or 0.0
+                if job.seq in sending:
+                    continue
                 if at > now or not self._has_place(host) or self._is_stopping:
                     self.notify(host, at)
                     return
@@ -2453,27 +2439,24 @@ class CallbackSender:
         next_at = next_callback_at(job.callback_attempts + 1, answer, time.time())
         status = "delivered" if answer.error is None else "failed" if next_at is None else PENDING
         self._metrics.callbacks.add((("result", {PENDING: "retry", "failed": "given_up"}.get(status, status)),))
-        if not self._mark(job, status, answer.error, next_at):
-            next_at = time.time()  # it was made due anew, or is gone: look
         if answer.error is not None:
             log.warning("callback of job %s to %s: %s", job.job_id, host, answer.error)
+        while True:  # a delivered callback must not be sent again and again while the disk is full
+            try:
+                if not self._store.mark_callback(job, status, answer.error, next_at):
+                    next_at = time.time()  # it was made due anew, or is gone: look
+                break
+            except Exception as reason:  # noqa: BLE001 - the sender's loop has to survive anything
+                log.warning("the callback of job %s cannot be recorded now: %s", job.job_id, reason)
+                with self._condition:
+                    if self._condition.wait_for(lambda: self._is_stopping, 1.0):
+                        break
         with self._condition:
             del self._sending[job.seq]
             (self._healthy.add if answer.error is None else self._healthy.discard)(host)
             if next_at is not None:
                 self.notify(host, next_at)
             self._condition.notify_all()
-
-    def _mark(self, job: Job, status: str, error: Optional[str], next_at: Optional[float]) -> bool:
-        """Record an attempt, and wait while that fails: a delivered callback must not be sent again every second."""
-        while True:
-            try:
-                return self._store.mark_callback(job, status, error, next_at)
-            except Exception as reason:  # noqa: BLE001 - the sender's loop has to survive anything
-                log.warning("the callback of job %s cannot be recorded now: %s", job.job_id, reason)
-                with self._condition:
-                    if self._condition.wait_for(lambda: self._is_stopping, 1.0):
-                        return True
 
     @functools.cached_property
     def _opener(self) -> urllib.request.OpenerDirector:
@@ -2482,8 +2465,14 @@ class CallbackSender:
     def _send(self, job: Job) -> CallbackAnswer:
         import urllib.request
         now = time.time()
+        headers = {"Content-Type": "application/json", "User-Agent": f"csp.py/{__version__}"}
         try:
-            body, headers = build_delivery(job, self._store.get_logs(job), self._secret, now)
+            rendered = render_job(job, self._store.get_logs(job), job_key=True, callback_error=False)
+            body = rendered if isinstance(rendered, bytes) else b"".join(rendered)
+            if job.api_key is not None:
+                headers.update([callback_header(job.api_key)])
+            if self._secret:
+                headers.update(sign_callback(self._secret, job.job_id, now, body))
             request = urllib.request.Request(job.result_url or "", body, headers, method="POST")
             with self._opener.open(request, timeout=CALLBACK_SECONDS) as response:
                 if 200 <= response.status < 300:
@@ -3210,6 +3199,8 @@ ABANDONED_THREADS = 1000  # a function past its timeout cannot be stopped in a t
 SWITCH_SECONDS = (0.005, 0.0005)  # sys.setswitchinterval: usually, and while a job runs longer than LONG_JOB_SECONDS
 LONG_JOB_SECONDS = 0.25
 PROGRESS_SECONDS = 0.2  # how often progress is written, however often it is set
+NEVER = float("inf")
+MAX_SLEEP_SECONDS = 3600.0  # of the runner's loop: a wait must not exceed threading.TIMEOUT_MAX
 RETRY_DISK_SECONDS = 1.0  # how long to wait for a disk that could not take a write
 ALONE_SECONDS = 60.0  # how long a suspect runs alone: if it kills the process again, it must not take others along
 STOPPED_MESSAGE = "The service stopped while the job was running."
@@ -3277,10 +3268,9 @@ class Runner:
         self._attempts: Dict[int, Attempt] = {}  # by seq
         self._busy = 0  # attempts at queued jobs
         self._flush_at: Dict[Run, float] = {}  # runs whose output is to be stored, and when (monotonic)
-        self._unrecorded: List[Callable[[], Any]] = []  # endings that the disk could not take
+        self._unrecorded: Deque[Tuple[Job, Union[Finish, Requeue], Optional[Run]]] = deque()  # the disk was full
         self._alone_until = 0.0  # monotonic
-        self._is_woken = self._may_claim = True
-        self._claim_at: Optional[float] = None  # when to look for due jobs (monotonic), None: when woken
+        self._claim_at = 0.0  # when to look for queued jobs (monotonic)
         self.is_paused = self._is_stopping = False
         store.on_queued = self.wake
         for job in store.list_running():  # when the process before this one ended
@@ -3299,7 +3289,7 @@ class Runner:
 
     def wake(self) -> None:
         with self._condition:
-            self._is_woken = self._may_claim = True
+            self._claim_at = 0.0
             self._condition.notify()
 
     def stop(self, grace_seconds: float) -> bool:
@@ -3346,38 +3336,60 @@ class Runner:
     # -- the loop
 
     def _run(self) -> None:
-        timeout: Optional[float] = 0.0
         while True:
             with self._condition:
-                if not self._is_woken and not self._is_stopping:
-                    self._condition.wait(RETRY_DISK_SECONDS if self._unrecorded else timeout)
+                wait_seconds = self._next_at() - time.monotonic()
+                if wait_seconds > 0.0 and not self._is_stopping:
+                    self._condition.wait(wait_seconds)
                 if self._is_stopping:
                     return
                 now = time.monotonic()
-                may_claim = self._may_claim or (self._claim_at is not None and self._claim_at <= now)
-                self._is_woken = self._may_claim = False
+                may_claim = self._claim_at <= now
+                if may_claim:
+                    self._claim_at = NEVER
+                unsaved = [run for run, at in self._flush_at.items() if at <= now]
+                for run in unsaved:
+                    del self._flush_at[run]
+                late = [attempt for attempt in self._attempts.values()
+                        if not attempt.job.synchronous and (attempt.run.deadline or NEVER) <= now]
             try:
                 self._store.follow_clock()
                 self._record_again()
-                if may_claim:
-                    self._claim_at = now + RETRY_DISK_SECONDS  # if it fails
-                    wait = self._claim()
-                    self._claim_at = None if wait is None else now + wait
-                waits = [self._claim_at and self._claim_at - time.monotonic(), self._end_late_runs(),
-                         self._flush_output(), self._adjust_switching()]
-                timeout = min((wait for wait in waits if wait is not None), default=None)
+                for run in unsaved:
+                    self._announce(run, True)
+                for attempt in late:  # its thread goes on, unheard
+                    self._end(attempt, Ending(TIMED_OUT, reason=_timeout_message(attempt.run.timeout_seconds)))
+                    attempt.run.tell_to_stop()
+                claim_at = now + self._claim() if may_claim else NEVER
+                self._adjust_switching()
             except Exception:  # noqa: BLE001 - the runner's loop: without it no job would ever run again
                 log.exception("the runner failed; it goes on in a second")
-                timeout = 1.0
+                time.sleep(1.0)
+                claim_at = 0.0
+            with self._condition:
+                self._claim_at = min(self._claim_at, claim_at)
 
-    def _claim(self) -> Optional[float]:
-        """Start as many jobs as there are free places; return in how many seconds there may be more, None if unknown.
+    def _next_at(self) -> float:
+        """Return when the loop has something to do (monotonic), if nothing wakes it. The caller holds the condition."""
+        now = time.monotonic()
+        times = [now + MAX_SLEEP_SECONDS, self._claim_at, *self._flush_at.values()]
+        if self._unrecorded:
+            times.append(now + RETRY_DISK_SECONDS)
+        for run, job, _ in self._attempts.values():
+            if not job.synchronous and not run.is_ended:
+                times.append(run.deadline or NEVER)
+                if self.may_adjust_switching and sys.getswitchinterval() > SWITCH_SECONDS[1] + 1e-6:
+                    times.append(run.started_at + LONG_JOB_SECONDS)
+        return min(times)
+
+    def _claim(self) -> float:
+        """Start as many jobs as there are free places; return in how many seconds to claim again.
 
         A suspect runs alone: it is started when no other job has started for a while, and others only a while later.
         """
         free, alone_seconds = self._workers - self._busy, self._alone_until - time.monotonic()
         if self.is_paused or free <= 0:
-            return None
+            return NEVER
         if self._busy and alone_seconds > 0:
             return alone_seconds
         now = time.time()
@@ -3391,7 +3403,7 @@ class Runner:
         if claim.is_suspect:
             return ALONE_SECONDS if claim.jobs else 1.0
         if claim.next_at is None or len(claim.jobs) == free:
-            return None
+            return NEVER
         return claim.next_at - now if claim.next_at > now else 1.0  # a job that is due and was left is a suspect
 
     def _is_calm(self) -> bool:
@@ -3474,7 +3486,7 @@ class Runner:
                     del self._attempts[job.seq]
                     self._busy -= not job.synchronous
                 if not job.synchronous or self._is_stopping:
-                    self._is_woken = self._may_claim = True
+                    self._claim_at = 0.0
                     self._condition.notify_all()
 
     def _record(self, job: Job, decision: Union[Finish, Requeue], run: Optional[Run]) -> Optional[Job]:
@@ -3486,7 +3498,7 @@ class Runner:
             return self._store.record_ending(job, decision, run)
         except Unavailable:
             with self._condition:
-                self._unrecorded.append(functools.partial(self._record, job, decision, run))
+                self._unrecorded.append((job, decision, run))
                 self._condition.notify_all()
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the job has to end
@@ -3496,30 +3508,13 @@ class Runner:
             return self._record(job, Finish(reason), None)
 
     def _record_again(self) -> None:
-        with self._condition:
-            records, self._unrecorded = self._unrecorded, []
-        for index, record in enumerate(records):
+        for _ in range(len(self._unrecorded)):
             try:
-                record()
-            except Unavailable:  # it has kept itself
-                with self._condition:
-                    self._unrecorded += records[index + 1:]
+                self._record(*self._unrecorded.popleft())
+            except Unavailable:  # it is kept again
                 return
             except Exception:  # noqa: BLE001 - the runner's loop: the other endings must not be lost with this one
                 log.exception("the ending of a job cannot be stored at all")
-
-    def _end_late_runs(self) -> Optional[float]:
-        """End queued jobs that are past their timeout; their threads go on, unheard. Return when the next may be."""
-        now = time.monotonic()
-        with self._condition:
-            timed = [(attempt, attempt.run.deadline) for attempt in self._attempts.values()
-                     if attempt.run.deadline is not None and not attempt.job.synchronous]
-        for attempt, deadline in timed:
-            if deadline is not None and deadline <= now:
-                ending = Ending(TIMED_OUT, reason=_timeout_message(attempt.run.timeout_seconds))
-                self._end(attempt, ending)
-                attempt.run.tell_to_stop()
-        return min((deadline - now for _, deadline in timed if deadline is not None and deadline > now), default=None)
 
     # -- output
 
@@ -3535,34 +3530,19 @@ class Runner:
         with self._condition:
             if not run.is_ended:
                 self._flush_at.setdefault(run, time.monotonic() + seconds)
-            self._is_woken = True
             self._condition.notify_all()
 
-    def _flush_output(self) -> Optional[float]:
-        now = time.monotonic()
-        with self._condition:
-            due = [run for run, at in self._flush_at.items() if at <= now]
-            for run in due:
-                del self._flush_at[run]
-            wait = min((at - now for at in self._flush_at.values()), default=None)
-        for run in due:
-            self._announce(run, True)
-        return wait
-
-    def _adjust_switching(self) -> Optional[float]:
+    def _adjust_switching(self) -> None:
         """Let threads take turns more often while jobs run for long: one that computes would delay requests.
 
-        Return when to look again. (Short turns all the time would cost a busy service a fifth of its requests.)
+        (Short turns all the time would cost a busy service a fifth of its requests.)
         """
-        if not self.may_adjust_switching:
-            return None
-        now = time.monotonic()
-        with self._condition:
-            ages = [now - run.started_at for run, job, _ in self._attempts.values() if not job.synchronous]
-        wanted = SWITCH_SECONDS[1] if any(age >= LONG_JOB_SECONDS for age in ages) else SWITCH_SECONDS[0]
-        if abs(sys.getswitchinterval() - wanted) > 1e-6:
-            sys.setswitchinterval(wanted)
-        return min((LONG_JOB_SECONDS - age for age in ages if age < LONG_JOB_SECONDS), default=None)
+        if self.may_adjust_switching:
+            since = time.monotonic() - LONG_JOB_SECONDS
+            with self._condition:
+                is_long = any(run.started_at <= since for run, job, _ in self._attempts.values() if not job.synchronous)
+            if abs(sys.getswitchinterval() - SWITCH_SECONDS[is_long]) > 1e-6:
+                sys.setswitchinterval(SWITCH_SECONDS[is_long])
 
     # -- synchronous jobs
 
