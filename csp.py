@@ -3309,7 +3309,8 @@ class Runner:
             self._end(attempt, Ending(STOPPED, reason=STOPPED_MESSAGE))
             attempt.run.tell_to_stop()
         while self._unrecorded and time.monotonic() < deadline:
-            time.sleep(0.1)
+            with self._condition:
+                self._condition.wait(0.1)
             self._record_again()
         self._pool.shutdown(wait=False)
         if self._engine is not None:
@@ -3482,9 +3483,9 @@ class Runner:
         finally:
             with self._condition:
                 self._flush_at.pop(run, None)
-                if self._attempts.get(job.seq) is attempt:
+                if self._attempts.get(job.seq) is attempt:  # else the job's next attempt has begun already
                     del self._attempts[job.seq]
-                    self._busy -= not job.synchronous
+                self._busy -= not job.synchronous
                 if not job.synchronous or self._is_stopping:
                     self._claim_at = 0.0
                     self._condition.notify_all()

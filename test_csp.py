@@ -5176,7 +5176,7 @@ class TestTasks:
         ("factories:not_one", "it has returned str, which is no concurrent.futures.Executor."),
         ("factories:missing", "cannot be made: AttributeError: module 'factories' has no attribute 'missing'."),
         ("no_such_module:x", "The module no_such_module cannot be imported"),
-        ("threads", "The setting EXECUTOR has to be thread, process, or MODULE:FACTORY."),
+        ("threads", "EXECUTOR has to be thread, process, or MODULE:FACTORY; the command line says 'threads'."),
     ])
     def test_an_executor_that_cannot_be_had_is_one_sentence(self, tmp_path, executor, words):
         (tmp_path / "factories.py").write_text(textwrap.dedent(FACTORIES))
@@ -5212,6 +5212,30 @@ class TestRunner:
         wait_until_done(client)
         assert client.get("/status").json["stats"] == {"pending": 0, "complete": 200, "error": 0}
         assert {body["job_id"]: body["data"] for _, body in receiver.wait(200)} == wanted and len(wanted) == 200
+
+    def test_an_attempt_that_begins_before_the_last_one_is_put_away_costs_no_place(self, start, monkeypatch):
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (0.01, 0.01))
+        registry, begun, both = csp.Registry(), [], threading.Barrier(2, timeout=PATIENCE_SECONDS)
+
+        @registry.asynchronous(retries=1)
+        def twice(task_id, input):
+            begun.append(task_id)
+            if len(begun) == 1:
+                raise ValueError("not yet")
+
+        registry.asynchronous(named("meet", lambda task_id, input: both.wait() >= 0))
+        running = start(registry, WORKERS=2)
+        record = running.service.store.record_ending
+
+        def record_slowly(job, decision, run):
+            ended = record(job, decision, run)
+            eventually(lambda: not isinstance(decision, csp.Requeue) or len(begun) == 2)
+            return ended
+
+        monkeypatch.setattr(running.service.store, "record_ending", record_slowly)
+        assert running.client.finish(running.client.submit("twice"))["attempts"] == 2
+        jobs = [running.client.submit("meet") for _ in range(2)]
+        assert [running.client.finish(job)["status"] for job in jobs] == ["complete"] * 2
 
     def test_a_job_that_waits_for_its_next_attempt_shows_no_progress(self, start):
         def work(task_id, input):
