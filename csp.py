@@ -5398,12 +5398,13 @@ def form_of(endpoint: Callable[..., Response], done: str) -> Callable[..., Respo
         headers = {**request.headers, "content-type": "application/json", "prefer": "respond-async"}
         response = endpoint(service, Request(request.method, f"{request.path}?{query}", headers,
                                              json.dumps(body).encode("ascii"), request.remote, request.scheme), *values)
-        shown = json.loads(response.body if isinstance(response.body, bytes) else b"".join(response.body))
         is_admin = service.auth.may_administer(request)
-        if "job_id" not in shown:
+        if done in ("delete", "clear"):
             return _go_to("/job" if is_admin else "/", done)
-        path = job_path(shown["job_id"])
-        needs_key = "job_key" in shown and not is_admin
+        if done in ("cancel", "callback"):
+            return _go_to(job_path(values[0].job_id), done)
+        shown = json.loads(response.body if isinstance(response.body, bytes) else b"".join(response.body))
+        path, needs_key = job_path(shown["job_id"]), not is_admin
         return _go_to(path, done, [set_cookie(request, KEY_COOKIE, shown["job_key"], path)] if needs_key else [])
     return answer
 
