@@ -63,7 +63,7 @@ import weakref
 from collections import UserDict, deque, namedtuple
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from _operator import _compare_digest as compare_digest  # hmac's, without the 3.6 MB of OpenSSL that hmac loads
 
 # http.server imports http.client, and that imports ssl: 4 MB that few services need. As a program of its own this one
@@ -4907,16 +4907,22 @@ class Service:
         self.database = database_path(self.settings["SQLALCHEMY_DATABASE_URI"])
         self.store = Store(self.database)
         self.metrics = Metrics()
-        try:
-            self.auth = Authenticator(self.store, self.settings)
-            self._engine = make_engine(self.settings, registry)
-        except StartError:
-            self.store.close()
-            raise
-        self.callbacks = CallbackSender(self.store, self.settings["SSL_VERIFY"], self.settings["CALLBACK_SECRET"],
-                                        CallbackPolicy(self.settings["CALLBACK_HOSTS"]), self.metrics)
-        self.store.on_callback_due = self.callbacks.notify
-        self.runner = Runner(self.store, registry, self.settings["WORKERS"], self._engine, self.metrics)
+        with ExitStack() as begun:
+            begun.callback(self.store.close)
+            try:
+                self.auth = Authenticator(self.store, self.settings)
+                self._engine = make_engine(self.settings, registry)
+                if self._engine is not None:
+                    begun.callback(self._engine.close)
+                self.callbacks = CallbackSender(
+                    self.store, self.settings["SSL_VERIFY"], self.settings["CALLBACK_SECRET"],
+                    CallbackPolicy(self.settings["CALLBACK_HOSTS"]), self.metrics)
+                begun.callback(self.callbacks.stop, 0.0)
+                self.store.on_callback_due = self.callbacks.notify
+                self.runner = Runner(self.store, registry, self.settings["WORKERS"], self._engine, self.metrics)
+            except Unavailable as error:
+                raise StartError(f"The service cannot start: {error}") from None
+            begun.pop_all()
         self._router = Router((*ROUTES, *CONSOLE_ROUTES))
         self._closing = threading.Event()
         if self.settings["AUTO_CLEAR"]:

@@ -4158,6 +4158,19 @@ class TestSickDisk:
         assert len([message for message in own if "cannot be written" in message]) == 1
         assert [message for message in own if "can be written again" in message]
 
+    @pytest.mark.parametrize("method", ["list_callback_hosts", "list_running"])
+    def test_a_read_error_at_the_start_is_a_sentence_and_nothing_stays_behind(self, start, monkeypatch, method):
+        def fail(store):
+            raise csp.Unavailable("The database cannot be read (disk I/O error); try again.")
+
+        threads = threading.active_count()
+        with monkeypatch.context() as patch:
+            patch.setattr(csp.Store, method, fail)
+            with pytest.raises(csp.StartError, match="disk I/O error"):
+                start()
+        eventually(lambda: threading.active_count() <= threads)
+        assert start().client.get("/status").status == 200
+
     def test_an_idle_service_keeps_no_erased_key_in_its_log(self, start, monkeypatch):
         monkeypatch.setattr(csp, "QUIET_SECONDS", 0.2, raising=False)
         running = start()
