@@ -1198,7 +1198,7 @@ class Database:
     """
 
     def __init__(self, path: Optional[str]) -> None:
-        self.path = path
+        self.path = path = path and os.path.abspath(path)  # a job may change the working directory
         self._locked: Dict[str, int] = {}  # descriptors by path
         self._identities: Dict[str, Tuple[int, int]] = {}  # device and inode by path
         try:
@@ -1266,6 +1266,8 @@ class Database:
         if os.path.isdir(path):
             raise StartError(f"The database {path} is not a file that may be read and written.")
         locked = path if LOCK_DESCRIPTION is not None else path + ".lock"
+        if locked != path:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         with _opening:
             if os.path.exists(locked) and _identify(os.stat(locked)) in _databases:
                 raise StartError(_IN_USE.format(path=path, process=os.getpid()))
@@ -1287,7 +1289,7 @@ class Database:
 
     def _lock_again(self, path: str) -> None:
         self.connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # makes SQLite open all three files
-        self._identities = {name: _identify(os.stat(name)) for name in (path, path + "-wal")}
+        self._identities.update({name: _identify(os.stat(name)) for name in (path, path + "-wal")})
         if LOCK_DESCRIPTION is not None:
             self._locked[path + "-shm"] = os.open(path + "-shm", os.O_RDWR)
             _lock_range(self._locked[path], 0x40000002, 510)  # sqlite.org/src: SHARED_FIRST, SHARED_SIZE in os.h
@@ -1363,7 +1365,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
     try:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         has_jobs = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone() is not None
-        if version > 0:
+        if version > 0 and connection.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID:
             for older in range(version, SCHEMA_VERSION):
                 for statement in _MIGRATIONS[older]:
                     connection.execute(statement)
@@ -1553,7 +1555,7 @@ class Store:
         self._held: Dict[int, Tuple[Job, Run, float]] = {}
         self._is_idle = False  # whether the writer waits for the queue alone, and not for held jobs
         self._lock = threading.Lock()  # guards _is_closed, _watchers and _clock
-        self._clock = time.time() - time.monotonic()
+        self._clock = 0.0  # epoch seconds when the monotonic clock was 0
         self._is_closed = False
         self._watchers: Dict[str, Set[threading.Event]] = {}
         self.is_released = False
@@ -1567,6 +1569,12 @@ class Store:
                 self._readers.put(self._database.connect())
             self._counts = {row[:2]: row[2] for row in self._read("SELECT job_type, status, jobs FROM counts")}
             last_seq = self._read("SELECT coalesce(max(seq), 0) FROM jobs")[0][0]
+            times = self._read("""SELECT max(finished_timestamp) FROM jobs UNION ALL
+                SELECT requested_timestamp FROM jobs WHERE seq = ? UNION ALL
+                SELECT * FROM (SELECT max(started_timestamp, requested_timestamp) FROM jobs WHERE run_at IS NOT NULL
+                ORDER BY run_at DESC LIMIT 100)""", (last_seq,))
+            # the latest time known, or the clock was set back while the service was down
+            self._clock = max([time.time(), *(epoch_seconds(text) for (text,) in times if text)]) - time.monotonic()
             # the number of a new job: higher than all before, never used twice by one process
             self.take_seq: Callable[[], int] = itertools.count(last_seq + 1).__next__
         except (OSError, sqlite3.Error, Unavailable) as error:
@@ -1862,22 +1870,6 @@ class Store:
                     return job
 
     # -- the clock
-
-    def limit_delays(self, now: float, callback_seconds: Sequence[float]) -> None:
-        """Let nothing wait longer than it was meant to, if the clock was set back while the service was down.
-
-        ``callback_seconds``: the longest delay after the first, second, … attempt at a callback.
-        """
-        first, longest = BACKOFF_SECONDS
-
-        def operation(transaction: Transaction) -> None:
-            transaction.execute("""UPDATE jobs SET run_at = min(run_at, ? + CASE attempts WHEN 0 THEN 0
-                ELSE ? * min(? * (1 << min(max(failures, crashes), 20)), ?) END) WHERE run_at > ?""",
-                                (now, BACKOFF_JITTER, first, longest, now))
-            transaction.executemany(
-                "UPDATE jobs SET callback_at = ? WHERE callback_at > ? AND callback_attempts = ?",
-                [(now + seconds, now + seconds, number) for number, seconds in enumerate((0.0, *callback_seconds))])
-        self._write(operation)
 
     def follow_clock(self) -> None:
         """Bring forward what waits if the clock was set back: a retry in a second must not become one in an hour."""
@@ -2206,7 +2198,6 @@ RETRY_JITTER = 1.1
 CALLBACK_SECONDS = 15.0  # per attempt
 CALLBACK_THREADS = 64
 CALLBACK_THREADS_PER_HOST = 4  # for a host that accepted its last callback; every other host gets one
-MAX_CALLBACK_ANSWER_BYTES = 4096  # enough for an error text
 MAX_RETRY_AFTER_SECONDS = 36_000.0
 
 _RESERVED_HEADERS = frozenset(("host", "content-length", "transfer-encoding", "connection"))
@@ -2363,8 +2354,6 @@ class CallbackSender:
         self._policy, self._ssl_verify = policy or CallbackPolicy(), ssl_verify
         self._sockets: Dict[int, Tuple[float, socket.socket]] = {}  # see _make_opener
         self._condition = threading.Condition()  # guards the fields below
-        with suppress(Unavailable):
-            store.limit_delays(time.time(), [seconds * RETRY_JITTER for seconds in RETRY_SECONDS])
         self._due: Dict[str, float] = dict(store.list_callback_hosts())
         self._sending: Dict[int, str] = {}  # the host by the job's seq
         self._healthy: Set[str] = set()  # hosts that accepted their last callback
@@ -2476,7 +2465,6 @@ class CallbackSender:
             request = urllib.request.Request(job.result_url or "", body, headers, method="POST")
             with self._opener.open(request, timeout=CALLBACK_SECONDS) as response:
                 if 200 <= response.status < 300:
-                    response.read(MAX_CALLBACK_ANSWER_BYTES)
                     return CallbackAnswer()
                 return CallbackAnswer(f"answered {response.status}", response.status == 410,
                                       _retry_after_seconds(response.headers.get("Retry-After", ""), now))
@@ -3446,9 +3434,11 @@ class Runner:
             take_stream = join_stream if job_type.synchronous else None
             self._end(attempt, Ending(ENDED, run_function(job_type.function, run, job.read_input, take_stream)))
             return
-        # an executor's own thread must not wait for the disk
-        ending = self._engine.start(
-            job, job_type, run, lambda future: self._pool.submit(self._read_ending, attempt, future))
+        def read_soon(future: Future[Any]) -> None:  # an executor's own thread must not wait for the disk
+            with suppress(RuntimeError):  # the service has stopped: the next start takes the job up
+                self._pool.submit(self._read_ending, attempt, future)
+
+        ending = self._engine.start(job, job_type, run, read_soon)
         if ending is not None:
             self._end(attempt, ending)
         if run.is_cancelled:  # told to stop before there was a future
@@ -6293,6 +6283,7 @@ def _run_once(arguments: Sequence[str]) -> int:
         print(document.pop("traceback", ""), to_json(document), sep="", file=sys.stderr)
         return 1
     if outcome.data is not None:
+        sys.stdout.flush()
         body = Response.data(outcome.data, None).body
         sys.stdout.buffer.writelines([body, b"\n"] if isinstance(body, bytes) else [*body, b"\n"])
     return 0

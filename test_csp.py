@@ -2753,6 +2753,22 @@ def run_outsider(path):
 class TestKept:
     """What was acknowledged stays, whatever jobs, other programs and the disk do to the file."""
 
+    def test_a_job_may_change_the_working_directory(self, start, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "elsewhere").mkdir()
+        running = start(path="jobs.db")
+        os.chdir(str(tmp_path / "elsewhere"))
+        assert running.client.finish(running.client.submit("async_echo", "a"))["data"] == ">a"
+
+    def test_where_a_file_cannot_be_locked_itself_one_beside_it_is(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(csp, "LOCK_DESCRIPTION", None)
+        for _ in range(2):
+            with stored_in(tmp_path / "jobs.db") as store:
+                add_job(store, f"job-{time.monotonic()}")
+                with pytest.raises(csp.StartError, match="in use"):
+                    csp.Store(str(tmp_path / "jobs.db"))
+        assert (tmp_path / "jobs.db.lock").exists()
+
     @linux_only
     @pytest.mark.parametrize("how", ["copy", "read", "sqlite", "second service"])
     def test_a_job_that_opens_the_database_does_not_cost_what_follows(self, launch, tmp_path, how):
@@ -5894,23 +5910,41 @@ class TestTrouble:
         finally:
             os.kill(child, signal.SIGKILL)
 
-    def test_a_clock_that_was_set_back_while_the_service_was_down_makes_nobody_wait(self, start, receiver):
-        first, registry = start(), example_registry()
-        jobs = [first.client.submit("async_echo", "x") for _ in range(2)]
-        for job in jobs:
-            first.client.finish(job)
+    def test_a_clock_that_was_set_back_while_the_service_was_down_makes_nobody_wait(
+            self, start, receiver, monkeypatch):
+        clock = Clock()
+        clock.offset = 5000.0
+        monkeypatch.setattr(csp, "time", clock)
+        monkeypatch.setattr(csp, "RETRY_SECONDS", (1, 2, 3000))
+        monkeypatch.setattr(csp, "BACKOFF_SECONDS", (2.0, 2.0))
+        registry, begun = example_registry(), []
+
+        @registry.asynchronous(retries=1)
+        def twice(task_id, input):
+            begun.append(task_id)
+            if len(begun) == 1:
+                raise ValueError("not yet")
+
+        receiver.answers = lambda number: (200 if number > 1 else 500, {"Retry-After": "2"})
+        first = start(registry)
+        told = first.client.submit("async_echo", "x", result_url=receiver.url)
+        retried = first.client.submit("twice")
+        eventually(lambda: len(begun) == 1 and len(receiver.received) == 1)
+        callback_of(first.client, told, attempts=1)
         first.stop()
-        for job, attempts in zip(jobs, (0, 1)):
-            rows_of(first.path, """UPDATE jobs SET status = 'pending', finished_timestamp = NULL, attempts = ?,
-                failures = ?, run_at = ? WHERE job_id = ?""", attempts, attempts, time.time() + 400, job["job_id"])
+        clock.offset = 0.0
         second = start(registry)
-        assert [second.client.finish(job)["status"] for job in jobs] == ["complete"] * 2
-        second.stop()
-        rows_of(first.path, """UPDATE jobs SET result_url = ?, callback_host = ?, callback_status = 'pending',
-            callback_at = ?, callback_attempts = attempts - 1""", receiver.url, csp.callback_host(receiver.url),
-                time.time() + 3600)
-        start()
+        assert second.client.finish(retried, 10)["attempts"] == 2
         receiver.wait(2)
+
+    def test_a_restart_does_not_shorten_what_a_receiver_has_asked_for(self, start, receiver):
+        receiver.answers = lambda number: (503, {"Retry-After": "3600"})
+        first = start()
+        job = first.client.submit("async_echo", "x", result_url=receiver.url)
+        before = callback_of(first.client, job, attempts=1)["callback"]["next_attempt_timestamp"]
+        first.stop()
+        again = start()
+        assert callback_of(again.client, job, attempts=1)["callback"]["next_attempt_timestamp"] == before
 
     @pytest.mark.parametrize("seconds", [300, 3600, 10**6], ids=str)
     def test_a_clock_that_is_set_back_delays_neither_retries_nor_callbacks_nor_new_jobs(
