@@ -1440,10 +1440,12 @@ def _as_host(url: str) -> str:
 # Readers never wait for the writer. Nothing outside the database changes before the commit: an operation says in its
 # Transaction what to do afterwards. If a batch fails because of one write, it is rolled back and run write by write.
 #
-# Lock order: Run._condition, Store._lock and the conditions of Runner and CallbackSender are innermost: whoever holds
-# one of them takes no other lock and waits for no write. Taken before them: RemoteRun._intake and Reporter._lock (then
-# Run._condition), Engine._lock (while a factory works). The writer's open transaction asks the Runner whether it is
-# calm, which takes its condition; the writer holds no lock while it publishes a commit.
+# Lock order. Innermost, so that whoever holds one takes no other lock of this file and waits for no write: the locks of
+# Store, Metric and LoginThrottle, the conditions of Run, Runner, CallbackSender and Server. Before them:
+# RemoteRun._intake and Reporter._lock (then Run._condition), LoginThrottle._turns (then its _lock, or _scrypt_turns).
+# Held during long work: Engine._lock (a factory works), Application._lock (a service starts), _opening (a file is
+# locked), _large_json (a text is parsed). The writer's open transaction asks the Runner whether it is calm, which takes
+# its condition; the writer holds no lock while it publishes a commit.
 # ---------------------------------------------------------------------------------------------------------------------
 
 BATCH_WRITES = 500  # writes in one transaction: bounds the time that the last of them waits
@@ -3821,7 +3823,8 @@ class ProxyTrust:
                 address = str(ipaddress.ip_address(next(filter(None, host.groups())) if host else ""))
             except ValueError:
                 break  # who wrote that is the client
-        return address, "https" if headers.get("x-forwarded-proto", scheme).strip().lower() == "https" else "http"
+        proto = headers.get("x-forwarded-proto", scheme).partition(",")[0]  # of several proxies the first one's
+        return address, "https" if proto.strip().lower() == "https" else "http"
 
     def is_trusted(self, address: str) -> bool:
         try:

@@ -6390,6 +6390,7 @@ class TestResponses:
         trust = csp.ProxyTrust(["10.0.0.0/8"])
         headers = {"x-forwarded-for": "6.6.6.6, 192.0.2.7, 10.0.0.2", "x-forwarded-proto": "https"}
         assert trust.identify("10.0.0.1", headers) == ("192.0.2.7", "https")
+        assert trust.identify("10.0.0.1", {"x-forwarded-proto": "https, http"})[1] == "https"
         assert trust.identify("192.0.2.9", headers) == ("192.0.2.9", "http")
         assert csp.ProxyTrust([]).identify("10.0.0.1", headers) == ("10.0.0.1", "http")
         assert trust.identify("10.0.0.1", {}) == ("10.0.0.1", "http")
